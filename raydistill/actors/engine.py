@@ -1,0 +1,48 @@
+"""What a rollout actor needs from an engine; vLLM and transformers' generate both answer to it.
+
+An engine holds one student at one policy version. `load` replaces that version, `sample` and `score` use it. Token ids
+go in and come out; text never appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from raydistill.messages import FinishReason, StudentWeights, TokenRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How completions are sampled; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    min_new_tokens: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The ids one prompt was answered with, the end token included where it was sampled."""
+
+    ids: Sequence[int]
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """One student that can sample and score."""
+
+    name: str  # the class that really ran, for the run's record
+
+    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+        """Hold this version from now on. Returns (hash of the tensors held, hash of the codes or None)."""
+
+    def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
+        """One completion per prompt; a prompt's completion depends on its own seed only."""
+
+    def score(self, rows: TokenRows) -> np.ndarray:
+        """Log-probs [N] float32 of every token but the first of each row, given the ones before it."""

@@ -1,0 +1,81 @@
+"""The feed: a small actor between the driver and the trainer ranks.
+
+Down: the driver offers each step's parts, one list of object references per rank; a rank leases its list and fetches
+the objects straight from where they lie. Up: rank 0 reports each step's outcome and publishes weight versions; the
+driver gets the outcome, and for weights a reference only. All calls are time-limited by their callers; `close` wakes
+everyone who waits. Offering or reporting the same step twice is harmless: steps are idempotent by their id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from raydistill.errors import RunError
+from raydistill.messages import StepOutcome, StudentWeights
+
+KEEP_VERSIONS = 3  # a slow engine may still ask for the version before the newest
+
+
+class Feed:
+    """An asyncio actor: waiting calls do not block one another."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._parts: dict[tuple[int, int], list[Any]] = {}
+        self._outcomes: dict[int, StepOutcome] = {}
+        self._weights: dict[int, StudentWeights] = {}
+        self._closed: str | None = None
+
+    async def offer(self, step: int, parts: list[list[Any]]) -> None:
+        """Driver: the references of one step, for each rank."""
+        async with self._changed:
+            for rank, refs in enumerate(parts):
+                self._parts[step, rank] = refs
+            self._changed.notify_all()
+
+    async def lease(self, step: int, rank: int) -> list[Any]:
+        """Rank: wait for this rank's references of one step; earlier steps of the rank are let go."""
+        parts: list[Any] = await self._wait(self._parts, (step, rank))
+        for key in [k for k in self._parts if k[1] == rank and k[0] < step]:
+            del self._parts[key]
+        return parts
+
+    async def report(self, outcome: StepOutcome) -> None:
+        """Rank 0: one optimizer step is done."""
+        async with self._changed:
+            self._outcomes[outcome.step] = outcome
+            self._changed.notify_all()
+
+    async def outcome(self, step: int) -> StepOutcome:
+        """Driver: wait for a step's outcome."""
+        outcome: StepOutcome = await self._wait(self._outcomes, step)
+        for old in [s for s in self._outcomes if s < step]:
+            del self._outcomes[old]
+        return outcome
+
+    async def publish(self, weights: StudentWeights) -> None:
+        """Rank 0: one version of the student."""
+        async with self._changed:
+            self._weights[weights.version] = weights
+            for old in sorted(self._weights)[:-KEEP_VERSIONS]:
+                del self._weights[old]
+            self._changed.notify_all()
+
+    async def weights(self, version: int) -> StudentWeights:
+        """Driver (keeps the reference, never the value): one published version."""
+        weights: StudentWeights = await self._wait(self._weights, version)
+        return weights
+
+    async def close(self, reason: str) -> None:
+        """Wake everyone who waits with an error: the run is over."""
+        async with self._changed:
+            self._closed = reason
+            self._changed.notify_all()
+
+    async def _wait(self, table: dict[Any, Any], key: Any) -> Any:
+        async with self._changed:
+            await self._changed.wait_for(lambda: key in table or self._closed is not None)
+            if key not in table:
+                raise RunError(f"the feed is closed: {self._closed}")
+            return table[key]

@@ -1,0 +1,102 @@
+"""A pool of equal actors: spreads work, limits its time, replaces actors that die, re-issues what they held.
+
+The one place that retries. Work is a method call whose first result is a small report and whose other results stay
+references. A replacement is brought up by the `revive` coroutine of the owner (start, newest weights) before it gets
+work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from raydistill.errors import RunError
+
+log = logging.getLogger(__name__)
+Actor = TypeVar("Actor")
+MAX_REPLACEMENTS = 20  # per pool and run; a pool that needs more has a cause that restarting does not cure
+
+
+class ActorPool(Generic[Actor]):
+    """`size` actors made by `create(index)`; `revive(actor, index)` arms a fresh replacement."""
+
+    def __init__(
+        self,
+        role: str,
+        size: int,
+        create: Callable[[int], Any],
+        revive: Callable[[Any, int], Awaitable[None]],
+        timeout_s: float,
+    ) -> None:
+        self._role, self._create, self._revive, self._timeout_s = role, create, revive, timeout_s
+        self._actors = [create(index) for index in range(size)]
+        self._load = [0] * size  # tokens handed out and not answered yet
+        self._locks = [asyncio.Lock() for _ in range(size)]
+        self._replacements = 0
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def name(self, index: int) -> str:
+        return f"{self._role}-{index}"
+
+    async def broadcast(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on every actor; small results, in order."""
+        return list(await asyncio.gather(*(self.call(index, method, *args) for index in range(len(self)))))
+
+    async def call(self, index: int, method: str, *args: Any) -> Any:
+        """Call one actor for a small result; a dead or hanging actor is replaced and asked again."""
+        while True:
+            actor = self._actors[index]
+            try:
+                return await self._within(getattr(actor, method).remote(*args))
+            except (RayActorError, GetTimeoutError, TimeoutError) as error:
+                await self._replace(index, actor, error)
+
+    async def work(self, weight: int, num_objects: int, method: str, *args: Any, index: int | None = None) -> list[Any]:
+        """Give work to the least loaded actor (or to `index`); returns [report, reference, ...].
+
+        `weight` is the work's size in tokens. The method must return 1 + num_objects values.
+        """
+        while True:
+            chosen = self._load.index(min(self._load)) if index is None else index
+            actor = self._actors[chosen]
+            self._load[chosen] += weight
+            try:
+                refs = getattr(actor, method).options(num_returns=1 + num_objects).remote(*args)
+                report = await self._within(refs[0])
+                return [report, *refs[1:]]
+            except (RayActorError, GetTimeoutError, TimeoutError) as error:
+                await self._replace(chosen, actor, error)
+            finally:
+                self._load[chosen] -= weight
+
+    async def _within(self, ref: Any) -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._timeout_s)
+
+    async def _replace(self, index: int, dead: Any, error: BaseException) -> None:
+        async with self._locks[index]:
+            if self._actors[index] is not dead:
+                return  # another waiting call replaced it already
+            self._replacements += 1
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            if self._replacements > MAX_REPLACEMENTS:
+                raise RunError(f"{self.name(index)} died again after {MAX_REPLACEMENTS} replacements: {reason}") from error
+            log.warning("%s is replaced: %s", self.name(index), reason)
+            ray.kill(dead, no_restart=True)
+            actor = self._create(index)
+            await self._revive(actor, index)
+            self._actors[index] = actor
+
+    def actors(self) -> list[Any]:
+        return list(self._actors)
+
+    def shutdown(self) -> None:
+        """End every actor."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)

@@ -1,0 +1,229 @@
+"""The rollout pool, the teacher pool and the evaluator as the loop sees them: roles on top of `ActorPool`.
+
+Pools are made apart from runs: `RolloutPool.begin` and `TeacherPool.begin` arm them for one run, and the actors (and
+what they imported) stay for the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import ray
+
+from raydistill.actors.engine import SamplingSettings
+from raydistill.actors.evaluator import EvaluatorActor
+from raydistill.actors.pool import ActorPool
+from raydistill.actors.rollout import EngineSpec, RolloutActor
+from raydistill.actors.teacher import TeacherActor
+from raydistill.config import Config, EvaluationSection, ObjectiveSection, RolloutSection, TeacherSection
+from raydistill.data.collate import split_by_tokens
+from raydistill.messages import EvalReport, LoadReport, PromptBatch, Samples, StageReport, TokenRows
+from raydistill.models import StudentSpec
+from raydistill.roles import Handle, Sampled
+
+START_TIMEOUT_S = 900.0  # reading a large model from a cold disk
+CPU_ENGINE_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_TARGET_DEVICE": "cpu",
+}
+ENGINE_ENVIRONMENT = {
+    # In-process engine: one process, one failure domain; a dead engine process would hang a synchronous caller for ever.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def rank_of(index: int, num_ranks: int) -> int:
+    """Which trainer rank trains on a step's sequence `index`: equal counts for every rank."""
+    return index % num_ranks
+
+
+class RolloutPool:
+    """N rollout actors; a step's prompts are spread over them by tokens."""
+
+    def __init__(self, section: RolloutSection) -> None:
+        environment = dict(ENGINE_ENVIRONMENT)
+        if section.num_gpus == 0:
+            environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(section.kv_cache_gib)))}
+        self._section = section
+        self._options = {
+            "num_cpus": section.num_cpus,
+            "num_gpus": section.num_gpus,
+            "runtime_env": {"env_vars": environment},
+        }
+        self._pool: ActorPool[Any] = ActorPool("rollout", section.num_actors, self._create, self._revive, section.timeout_s)
+        self._spec: EngineSpec | None = None
+        self._newest: tuple[Handle, int] | None = None
+        self.engine_names: list[str] = []
+
+    def _create(self, index: int) -> Any:
+        return ray.remote(RolloutActor).options(**self._options).remote(f"rollout-{index}", self._section.engine)
+
+    async def _revive(self, actor: Any, index: int) -> None:
+        """Bring a replacement up to the others: the engine, then the newest weights."""
+        if self._spec is not None:
+            await asyncio.wait_for(actor.start.remote(self._spec), START_TIMEOUT_S)
+        if self._newest is not None:
+            await asyncio.wait_for(actor.load.remote(self._newest[0], False), START_TIMEOUT_S)
+
+    def prepare(self) -> list[Any]:
+        """Start the slow imports; returns references to wait for (or not)."""
+        return [actor.prepare.remote() for actor in self._pool.actors()]
+
+    async def begin(self, config: Config, spec: EngineSpec, held_out: PromptBatch | None, seed_of: Callable[[int, int], int]) -> None:
+        """Arm the pool for one run: build every engine."""
+        self._config, self._held_out, self._seed_of = config, held_out, seed_of
+        self._spec, self._newest = spec, None
+        self._settings = _settings(config)
+        self.engine_names = await self._pool.broadcast("start", spec)
+
+    async def sample(self, prompts: PromptBatch, version: int) -> AsyncIterator[tuple[StageReport, list[Sampled]]]:
+        """See `Rollouts.sample`."""
+        work = [
+            asyncio.ensure_future(self._sample_share(batch, index, version))
+            for index, batch in enumerate(self._shares(prompts))
+            if len(batch.indices)
+        ]
+        for done in asyncio.as_completed(work):
+            yield await done
+
+    async def _sample_share(self, batch: PromptBatch, index: int, version: int) -> tuple[StageReport, list[Sampled]]:
+        ranks = [rank_of(i, self._config.trainer.num_workers) for i in batch.indices]
+        present = sorted(set(ranks))
+        parts = tuple(tuple(r for r, owner in enumerate(ranks) if owner == rank) for rank in present)
+        seeds = tuple(self._seed_of(batch.step, i) for i in batch.indices)
+        weight = len(batch.indices) * self._settings.max_new_tokens
+        report, *samples = await self._pool.work(
+            weight, len(parts), "sample", batch, self._settings, seeds, version, parts, index=index
+        )
+        tokens = report.num_tokens // len(parts)
+        return report, [
+            Sampled(rank=rank, num_tokens=tokens, samples=ref) for rank, ref in zip(present, samples, strict=True)
+        ]
+
+    def _shares(self, prompts: PromptBatch) -> list[PromptBatch]:
+        rows = prompts.prompts.rows()
+        split = split_by_tokens(prompts.prompts.lengths_B, len(self._pool), equal_counts=True)
+        return [
+            PromptBatch(
+                step=prompts.step,
+                indices=tuple(prompts.indices[r] for r in part),
+                row_ids=tuple(prompts.row_ids[r] for r in part),
+                prompts=TokenRows.from_rows([rows[r] for r in part]),
+            )
+            for part in split
+        ]
+
+    async def load(self, weights: Handle, version: int, want_codes: bool) -> list[LoadReport]:
+        """See `Rollouts.load`."""
+        reports: list[LoadReport] = await self._pool.broadcast("load", weights, want_codes)
+        self._newest = (weights, version)
+        return reports
+
+    async def answer_held_out(self) -> list[Handle]:
+        """See `Rollouts.answer_held_out`: greedy, spread over the actors."""
+        if self._held_out is None:
+            return []
+        greedy = SamplingSettings(
+            temperature=0.0, top_p=1.0, min_new_tokens=0, max_new_tokens=self._config.evaluation.max_new_tokens
+        )
+        work = []
+        for index, batch in enumerate(self._shares(self._held_out)):
+            rows = tuple(range(len(batch.indices)))
+            if rows:
+                arguments = (batch, greedy, (0,) * len(rows), 0, (rows,))
+                weight = len(rows) * greedy.max_new_tokens
+                work.append(self._pool.work(weight, 1, "sample", *arguments, index=index))
+        return [samples for _, samples in await asyncio.gather(*work)]
+
+    async def tokens_per_cpu_second(self) -> float:
+        """Mean over the actors: tokens per CPU-second of the process while it samples."""
+        rates = await self._pool.broadcast("tokens_per_cpu_second")
+        return float(sum(rates) / len(rates))
+
+    def shutdown(self) -> None:
+        self._pool.shutdown()
+
+
+def _settings(config: Config) -> SamplingSettings:
+    r = config.rollout
+    return SamplingSettings(
+        temperature=r.temperature, top_p=r.top_p, min_new_tokens=r.min_new_tokens, max_new_tokens=r.max_new_tokens
+    )
+
+
+class TeacherPool:
+    """M teacher actors; each piece of work goes to the actor with the fewest tokens outstanding."""
+
+    def __init__(self, section: TeacherSection, timeout_s: float) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
+        self._options = {
+            "num_cpus": section.num_cpus,
+            "num_gpus": section.num_gpus,
+            "runtime_env": {"env_vars": environment},
+        }
+        self._pool: ActorPool[Any] = ActorPool("teacher", section.num_actors, self._create, self._revive, timeout_s)
+        self._arguments: tuple[Any, ...] | None = None
+        self.class_names: list[str] = []
+
+    def _create(self, index: int) -> Any:
+        return ray.remote(TeacherActor).options(**self._options).remote(f"teacher-{index}")
+
+    async def _revive(self, actor: Any, index: int) -> None:
+        if self._arguments is not None:
+            await asyncio.wait_for(actor.start.remote(*self._arguments), START_TIMEOUT_S)
+
+    async def begin(self, section: TeacherSection, objective: ObjectiveSection, vocab_size: int) -> None:
+        """Arm the pool for one run: load the teacher on every actor (those that hold it already keep it)."""
+        self._arguments = (section, objective, vocab_size)
+        self.class_names = await self._pool.broadcast("start", *self._arguments)
+
+    async def score(self, samples: Handle, num_tokens: int) -> tuple[StageReport, Handle]:
+        """See `Teachers.score`."""
+        report, scored = await self._pool.work(num_tokens, 1, "score", samples)
+        return report, scored
+
+    def shutdown(self) -> None:
+        self._pool.shutdown()
+
+
+class EvaluatorRole:
+    """The evaluation actor as the loop sees it."""
+
+    def __init__(self, section: EvaluationSection, timeout_s: float) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
+        options = {
+            "num_cpus": section.num_cpus,
+            "num_gpus": section.num_gpus,
+            "runtime_env": {"env_vars": environment},
+        }
+        self.actor = ray.remote(EvaluatorActor).options(**options).remote("evaluator-0")
+        self._timeout_s = timeout_s
+        self._references: Samples | None = None
+        self._lock = asyncio.Lock()
+
+    async def begin(self, spec: StudentSpec, objective: ObjectiveSection, references: Samples | None, scored: list[Handle]) -> None:
+        """Build the student and keep the teacher's answers on the held-out references."""
+        self._references = references
+        await asyncio.wait_for(self.actor.start.remote(spec, objective), START_TIMEOUT_S)
+        if scored:
+            await asyncio.wait_for(self.actor.hold_out.remote(*scored), START_TIMEOUT_S)
+
+    async def evaluate(self, weights: Handle, version: int, answers: list[Handle]) -> EvalReport:
+        """See `Evaluator.evaluate`. Versions are evaluated one after another."""
+        async with self._lock:
+            self.actor.load.remote(weights)
+            report: EvalReport = await asyncio.wait_for(
+                self.actor.evaluate.remote(self._references, *answers), self._timeout_s
+            )
+        assert report.version == version, f"evaluated {report.version}, wanted {version}"
+        return report
+
+    def shutdown(self) -> None:
+        ray.kill(self.actor, no_restart=True)

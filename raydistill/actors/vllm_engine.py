@@ -1,0 +1,130 @@
+"""vLLM as the sampling engine: in-process, one failure domain, weights rebuilt or adapters swapped in place.
+
+Imported inside rollout actors only: vLLM changes process-wide state (threads, seeds).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from raydistill.actors.engine import Completion, SamplingSettings
+from raydistill.config import RolloutSection
+from raydistill.messages import StudentWeights, TokenRows
+from raydistill.models import DTYPES, StudentSpec
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM allocates; smaller adapters are padded up
+BLOCK_SIZE = 32  # CPU attention wants a multiple of 32
+
+
+class VllmEngine:
+    """One vLLM engine that holds the quantized student."""
+
+    name = "vllm.LLM"
+
+    def __init__(self, spec: StudentSpec, section: RolloutSection, max_model_len: int, eos_ids: Sequence[int]) -> None:
+        from vllm import LLM
+
+        self._spec = spec
+        self._eos_ids = list(eos_ids)
+        self._version: int | None = None
+        options: dict[str, Any] = {}
+        if spec.adapter.mode == "served":
+            rank = next((r for r in LORA_RANKS if r >= spec.adapter.rank), spec.adapter.rank)
+            # lm_head stays out: LoRA on it together with prompt_logprobs kills the engine (vLLM 0.32).
+            options = {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_cpu_loras": 1,
+                "max_lora_rank": rank,
+                "lora_target_modules": list(spec.adapter.targets),
+                "lora_dtype": DTYPES[spec.student.dtype],
+            }
+        if os.environ.get("VLLM_TARGET_DEVICE") != "cpu" and section.num_gpus > 0:
+            options["gpu_memory_utilization"] = section.gpu_memory_utilization
+            options["tensor_parallel_size"] = section.tensor_parallel_size
+        else:
+            options["enforce_eager"] = True
+            options["block_size"] = BLOCK_SIZE
+        self._llm = LLM(
+            model=spec.model,
+            dtype=spec.student.dtype,
+            max_model_len=max_model_len,
+            generation_config="vllm",  # the model's own sampling defaults (top_k ...) must not leak in
+            max_logprobs=-1,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            trust_remote_code=spec.student.trust_remote_code,
+            worker_extension_cls="raydistill.actors.vllm_worker.StudentWorkerExtension",
+            **options,
+        )
+        self._llm.collective_rpc("hold_student", args=(spec,))
+
+    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+        """See `Engine.load`. No request is in flight: the actor's calls run one after another."""
+        answers = self._llm.collective_rpc("load_student", args=(weights.version, weights.tensors, want_codes))
+        if len(set(answers)) != 1:
+            raise RuntimeError(f"the engine's workers hold different weights: {answers}")
+        self._llm.reset_prefix_cache()
+        self._version = weights.version
+        return answers[0]
+
+    def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
+        """See `Engine.sample`."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                min_tokens=settings.min_new_tokens,
+                max_tokens=settings.max_new_tokens,
+                stop_token_ids=self._eos_ids,
+                seed=seed if settings.temperature > 0 else None,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self._generate(prompts, params)
+        return [
+            Completion(ids=out.outputs[0].token_ids, finish_reason=_finish(out.outputs[0].finish_reason))
+            for out in outputs
+        ]
+
+    def score(self, rows: TokenRows) -> np.ndarray:
+        """See `Engine.score`: prompt log-probs of the actual tokens; entry 0 of each position is the actual token."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False)
+        outputs = self._generate(rows, [params] * len(rows))
+        parts = []
+        for output in outputs:
+            flat = output.prompt_logprobs
+            parts.append([flat.logprobs[start] for start in flat.start_indices[1:]])
+        return np.concatenate([np.asarray(p, np.float32) for p in parts])
+
+    def _generate(self, rows: TokenRows, params: list[Any]) -> list[Any]:
+        from vllm.lora.request import LoRARequest
+
+        lora = None
+        if self._spec.adapter.mode == "served":
+            assert self._version is not None, "load a version before sampling"
+            number = self._version + 1
+            lora = LoRARequest(lora_name=f"version-{number}", lora_int_id=number, lora_path="held-in-memory")
+        prompts = [{"prompt_token_ids": row.tolist()} for row in rows.rows()]
+        return self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+
+    def close(self) -> None:
+        """Free the engine; another one may follow in the same process."""
+        import gc
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+
+
+def _finish(reason: str | None) -> str:
+    return "stop" if reason == "stop" else "length"

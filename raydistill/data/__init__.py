@@ -1,0 +1,1 @@
+"""From files to plans: rows -> split -> encode -> structural filter -> examples -> what each step samples or scores."""

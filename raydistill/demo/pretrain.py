@@ -1,0 +1,231 @@
+"""Trains a tiny Qwen3 from nothing on one CPU core: the teacher of the embedded world.
+
+`train_language_model` is a pure function of (rows, recipe): the schedule counts steps, never seconds, and every draw
+comes from the recipe's seed. Layer matrices are trained with Muon, everything else with AdamW; at this size that
+needs half the steps of AdamW alone. The folder appears complete or not at all.
+"""
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from raydistill.demo.fast_forward import counted_logits
+from raydistill.demo.muon import Muon
+from raydistill.demo.tokenizer import TokenRow, save_tokenizer
+
+Progress = Callable[[int, float], None]
+# Sorting by length inside pools of this many batches leaves 2 % of padding and still mixes the data.
+BATCHES_PER_POOL = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRecipe:
+    """Size and schedule of one teacher; the defaults are those of the arithmetic stories."""
+
+    hidden_size: int = 96
+    num_layers: int = 3
+    num_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32  # the smallest that vLLM serves on CPU
+    mlp_size: int = 288
+    vocab_size: int = 512  # an upper bound: the tokenizer may need fewer
+    max_length: int = 512
+    num_steps: int = 1200
+    batch_size: int = 32
+    warmup_steps: int = 100
+    decay_fraction: float = 0.5  # the last part of the steps, over which both learning rates fall to 0
+    matrix_learning_rate: float = 0.02
+    matrix_momentum: float = 0.95
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    loss_on: Literal["completion", "all"] = "completion"
+    num_threads: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherReport:
+    """What the training cost and where it ended."""
+
+    num_parameters: int
+    num_steps: int
+    final_loss_nats: float  # mean of the last 20 steps
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Right-padded rows. B sequences, T tokens, C counted positions of the longest row, N of all rows.
+
+    A position counts when its next token is in the loss.
+    """
+
+    input_ids_BT: Tensor
+    counted_BC: Tensor  # positions, the short rows padded with 0
+    keep_N: Tensor  # where the real ones lie in the flattened B*C
+    targets_N: Tensor
+
+
+def train_language_model(
+    rows: Iterable[TokenRow],
+    recipe: TeacherRecipe,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress | None = None,
+) -> TeacherReport:
+    """Trains on (prompt ids, completion ids) rows and saves model, tokenizer and generation settings in `folder`."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.num_threads)
+    try:
+        model = new_model(recipe, tokenizer)
+        losses = run_steps(model, list(rows), recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+    save_model(model, tokenizer, folder)
+    return TeacherReport(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_steps=len(losses),
+        final_loss_nats=sum(losses[-20:]) / len(losses[-20:]),
+        wall_s=time.perf_counter() - wall,
+        cpu_s=time.process_time() - cpu,
+    )
+
+
+def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A fresh float32 Qwen3 of the recipe's size, its weights drawn from the recipe's seed."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.mlp_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return Qwen3ForCausalLM(config).float()
+
+
+def run_steps(
+    model: Qwen3ForCausalLM, rows: Sequence[TokenRow], recipe: TeacherRecipe, progress: Progress | None
+) -> list[float]:
+    """The training loop; returns the loss of every step in nats per counted token."""
+    optimizers = make_optimizers(model, recipe)
+    losses: list[float] = []
+    model.train()
+    batches = make_batches(rows, recipe)
+    for step in range(recipe.num_steps):
+        batch = next(batches)
+        loss = mean_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(step, recipe)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(step + 1, losses[-1])
+    return losses
+
+
+def mean_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
+    """Cross-entropy in nats per counted token."""
+    logits_NV = counted_logits(model, batch.input_ids_BT, batch.counted_BC, batch.keep_N)
+    return torch.nn.functional.cross_entropy(logits_NV, batch.targets_N)
+
+
+def make_optimizers(model: Qwen3ForCausalLM, recipe: TeacherRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    inside = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    ids = {id(parameter) for parameter in inside}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    optimizers = [
+        Muon(
+            inside,
+            lr=recipe.matrix_learning_rate,
+            momentum=recipe.matrix_momentum,
+            weight_decay=recipe.weight_decay,
+        ),
+        torch.optim.AdamW(
+            rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, foreach=True
+        ),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def schedule(step: int, recipe: TeacherRecipe) -> float:
+    """Factor on the learning rates: linear warm-up, constant, linear decay to zero."""
+    warmup = (step + 1) / max(1, recipe.warmup_steps)
+    decay = (recipe.num_steps - step) / max(1.0, recipe.decay_fraction * recipe.num_steps)
+    return min(1.0, warmup, decay)
+
+
+def make_batches(rows: Sequence[TokenRow], recipe: TeacherRecipe) -> Iterator[Batch]:
+    """Endless batches: each epoch shuffled, sorted by length inside pools, the pool's batches shuffled again."""
+    rng = random.Random(recipe.seed)
+    pool_size = BATCHES_PER_POOL * recipe.batch_size
+    while True:
+        order = rng.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), pool_size):
+            pool = sorted(order[start : start + pool_size], key=lambda index: sum(map(len, rows[index])))
+            batches = [pool[at : at + recipe.batch_size] for at in range(0, len(pool), recipe.batch_size)]
+            rng.shuffle(batches)
+            for batch in batches:
+                yield collate([rows[index] for index in batch], recipe)
+
+
+def collate(rows: Sequence[TokenRow], recipe: TeacherRecipe) -> Batch:
+    """Pads on the right and lists the counted positions; rows longer than `max_length` are cut at the end."""
+    sequences = [(prompt + completion)[: recipe.max_length] for prompt, completion in rows]
+    firsts = [len(prompt) if recipe.loss_on == "completion" else 1 for prompt, _ in rows]
+    targets = [sequence[first:] for sequence, first in zip(sequences, firsts, strict=True)]
+    width = max(map(len, sequences)) - 1  # the last token predicts nothing
+    most = max(map(len, targets))
+    padded = [sequence[:-1] + [0] * (width + 1 - len(sequence)) for sequence in sequences]
+    counted = [
+        [*range(first - 1, first - 1 + len(row)), *[0] * (most - len(row))]
+        for row, first in zip(targets, firsts, strict=True)
+    ]
+    keep = [at * most + offset for at, row in enumerate(targets) for offset in range(len(row))]
+    return Batch(
+        input_ids_BT=torch.tensor(padded),
+        counted_BC=torch.tensor(counted),
+        keep_N=torch.tensor(keep),
+        targets_N=torch.tensor([target for row in targets for target in row]),
+    )
+
+
+def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Safetensors, tokenizer and generation settings, written beside `folder` and then moved into its place."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.eval().save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

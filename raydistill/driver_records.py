@@ -1,0 +1,63 @@
+"""The loop's records role: the run's record on disk, the checkpoints worth keeping, the progress bar on the console."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from raydistill.checkpoint import CheckpointKeeper
+from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
+from raydistill.results.record import RunRecord
+
+
+class DriverRecords:
+    """Appends to the record and moves the bar; both take microseconds."""
+
+    def __init__(
+        self, record: RunRecord, console: Console, num_steps: int, title: str, keeper: CheckpointKeeper
+    ) -> None:
+        self._record, self._console, self._keeper = record, console, keeper
+        self._newest = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task(title, total=num_steps, note="")
+
+    def __enter__(self) -> DriverRecords:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
+        self._newest = outcome.version
+        self._record.step(outcome.step, metrics)
+        note = f"loss {metrics.get('trainer/loss', float('nan')):.4f}"
+        if "rollout/completion_tokens" in metrics:
+            note += f", {metrics['rollout/completion_tokens']:.0f} tokens/completion"
+        self._progress.update(self._task, advance=1, note=note)
+
+    def spans(self, spans: list[Span]) -> None:
+        self._record.spans(spans)
+
+    def sync(self, report: LoadReport) -> None:
+        self._record.sync(report)
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._record.evaluation(report)
+        self._record.spans([report.span])
+        self._keeper.evaluated(report.version, report.metrics, last=self._newest)
+        numbers = ", ".join(f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se"))
+        self._console.print(f"  version {report.version}: {numbers}", style="dim")
+
+    def warning(self, text: str) -> None:
+        self._record.warning(text)
+        self._console.print(f"warning: {text}", style="yellow")

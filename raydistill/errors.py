@@ -1,0 +1,41 @@
+"""Every error a user can cause. Each one says what is wrong, where, and what to do about it.
+
+Entry points print a `UserError` as one line and exit with code 2; anything else is our bug and keeps its traceback.
+The errors cross process borders, so each pickles: one message string, no other state.
+"""
+
+
+class UserError(ValueError):
+    """Something the user gave us cannot work; the message names the field or file and a way out."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, out of range or does not fit another setting."""
+
+
+class DataError(UserError):
+    """A data file is missing, empty or malformed; the message names the file and the line."""
+
+
+class ModelError(UserError):
+    """A model folder cannot be used, or teacher and student do not fit together."""
+
+
+class QuantError(UserError):
+    """A weight format or an adapter does not fit the model's layers, or an exported folder is damaged."""
+
+
+class ResourceError(UserError):
+    """The placement plan asks for more than the cluster has."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on although its input was right: an actor that keeps dying, a policy gap, too many bad steps."""
+
+
+class PolicyGapError(RunError):
+    """Trainer and rollout engine no longer compute the same function for the same policy version."""
+
+
+class StaleWeightsError(RunError):
+    """An engine holds other weights than the version it was asked for."""

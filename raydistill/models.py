@@ -1,0 +1,120 @@
+"""From config sections to transformers models: the one place that loads a teacher or builds a student.
+
+User models are read from safetensors only; `trust_remote_code` is off unless asked for. Runs inside actors (it imports
+torch); the driver's checks before a run use `model_files` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
+from raydistill.errors import ModelError
+from raydistill.quant.formats import BITS, WeightFormat
+from raydistill.quant.student import LoraSettings, prepare_student, quantizable_modules
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSpec:
+    """All that decides the student's function: the same on trainer, engines, evaluation and export."""
+
+    student: StudentSection
+    quant: QuantSection
+    adapter: AdapterSection
+
+    @classmethod
+    def of(cls, config: Config) -> StudentSpec:
+        return cls(student=config.student, quant=config.quant, adapter=config.adapter)
+
+    @property
+    def model(self) -> str:
+        assert self.student.model is not None, "launch fills in student.model"
+        return self.student.model
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        return weight_format(self.quant)
+
+    @property
+    def scaling(self) -> float:
+        """s of W + s*BA."""
+        return self.adapter.alpha / self.adapter.rank
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        a = self.adapter
+        if a.mode == "none":
+            return None
+        return LoraSettings(rank=a.rank, alpha=a.alpha, dropout=a.dropout, targets=a.targets)
+
+
+def weight_format(quant: QuantSection) -> WeightFormat | None:
+    """The quant room's plain format for a config section; None for an unquantized student."""
+    if quant.format == "none":
+        return None
+    return WeightFormat(
+        bits=BITS[quant.format],
+        group_size=None if quant.group_size == "channel" else quant.group_size,
+        symmetric=quant.symmetric,
+        scale=quant.scale,
+        scale_dtype=quant.scale_dtype,
+    )
+
+
+def load_causal_lm(section: StudentSection | TeacherSection, field: str, device: str = "cpu") -> nn.Module:
+    """A transformers causal language model in eval mode on `device`; ModelError names the config field."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            section.model,
+            dtype=DTYPES[section.dtype],
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{field}={section.model!r} cannot be loaded as a causal language model: {reason}") from error
+    return model.to(device).eval()
+
+
+def build_student(spec: StudentSpec, device: str = "cpu") -> nn.Module:
+    """The student as transformers + PEFT: the function that is trained, and that every engine must reproduce."""
+    model = load_causal_lm(spec.student, "student.model", device)
+    return prepare_student(model, spec.weight_format, spec.adapter.mode, spec.lora, skip=spec.quant.skip)
+
+
+def quantizable_weights(spec: StudentSpec) -> dict[str, torch.Tensor]:
+    """The full-precision W of every layer that gets quantized, by Hugging Face module name, on the host."""
+    model = load_causal_lm(spec.student, "student.model")
+    return {name: module.weight.detach() for name, module in quantizable_modules(model, spec.quant.skip).items()}
+
+
+def empty_model(path: str | Path, trust_remote_code: bool = False) -> nn.Module:
+    """The architecture without weights (meta device), for checks of names and shapes."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def eos_ids(model_folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """All ids that end a completion: the tokenizer's EOS and those of the generation config."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    try:
+        extra = GenerationConfig.from_pretrained(model_folder).eos_token_id
+    except OSError:
+        extra = None
+    ids.update(extra if isinstance(extra, list) else [] if extra is None else [extra])
+    return tuple(sorted(ids))
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

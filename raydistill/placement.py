@@ -1,0 +1,46 @@
+"""What a run asks of the cluster, and whether the cluster has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raydistill.config import Config
+from raydistill.errors import ResourceError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """One role's actors."""
+
+    role: str
+    count: int
+    num_cpus: float
+    num_gpus: float
+
+
+def placement_plan(config: Config) -> list[Demand]:
+    """The actors a run will start, with what Ray books for each."""
+    plan = [Demand(role="trainer", count=config.trainer.num_workers, num_cpus=config.trainer.num_cpus, num_gpus=config.trainer.num_gpus)]
+    if config.needs_rollout_pool:
+        r = config.rollout
+        plan.append(Demand(role="rollout", count=r.num_actors, num_cpus=r.num_cpus, num_gpus=r.num_gpus))
+    if config.needs_teacher:
+        t = config.teacher
+        plan.append(Demand(role="teacher", count=t.num_actors, num_cpus=t.num_cpus, num_gpus=t.num_gpus))
+    if config.data.eval_rows:
+        e = config.evaluation
+        plan.append(Demand(role="evaluation", count=1, num_cpus=e.num_cpus, num_gpus=e.num_gpus))
+    return plan
+
+
+def check_placement(plan: list[Demand], resources: dict[str, float]) -> None:
+    """ResourceError if the plan needs more than the cluster's `resources` (as `ray.cluster_resources()` gives them)."""
+    for kind, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
+        needed = sum(d.count * getattr(d, field) for d in plan)
+        there = resources.get(kind, 0.0)
+        if needed > there + 1e-6:
+            parts = ", ".join(f"{d.role} {d.count} x {getattr(d, field):g}" for d in plan if getattr(d, field))
+            raise ResourceError(
+                f"the run needs {needed:g} {kind}s ({parts}) but the cluster has {there:g}; lower <role>.{field} or "
+                "<role>.num_actors (trainer.num_workers), or add nodes"
+            )

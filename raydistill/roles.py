@@ -1,0 +1,110 @@
+"""The roles the loop knows: what each does, in the loop's words, without Ray, engines or files.
+
+`launch` fills them with the real parts; a unit test fills them with simple ones. An opaque `Handle` stands for tensors
+that lie elsewhere: the loop passes handles on and never opens one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raydistill.messages import (
+    EvalReport,
+    LoadReport,
+    PromptBatch,
+    Samples,
+    Span,
+    StageReport,
+    StepOutcome,
+)
+
+Handle = Any
+"""A reference to an object in another process (a Ray ObjectRef)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Completions on their way to one trainer rank."""
+
+    rank: int
+    num_tokens: int
+    samples: Handle
+
+
+class PromptSource(Protocol):
+    """Which sequences each step trains on: a pure function of (seed, step)."""
+
+    def plan(self, step: int) -> Any:
+        """A `StepPlan`: prompts for the student to answer, references used as they are."""
+
+
+class Rollouts(Protocol):
+    """The rollout pool."""
+
+    def sample(self, prompts: PromptBatch, version: int) -> AsyncIterator[tuple[StageReport, list[Sampled]]]:
+        """Answer prompts with policy `version`; yields each actor's parts as soon as they are there."""
+
+    async def load(self, weights: Handle, version: int, want_codes: bool) -> list[LoadReport]:
+        """Bring every engine to `version`; running samples end first."""
+
+    async def answer_held_out(self) -> list[Handle]:
+        """Greedy completions of the held-out prompts with the version held now."""
+
+
+class Teachers(Protocol):
+    """The teacher pool."""
+
+    async def score(self, samples: Handle, num_tokens: int) -> tuple[StageReport, Handle]:
+        """The teacher's answer for each completion token, on the least loaded actor."""
+
+
+class Trainer(Protocol):
+    """The trainer group."""
+
+    async def offer(self, step: int, parts: list[list[Handle]]) -> None:
+        """Hand over a step's scored parts, a list for each rank."""
+
+    async def outcome(self, step: int) -> StepOutcome:
+        """Wait until a step is trained."""
+
+    def weights(self, version: int) -> Handle:
+        """A version that the trainer publishes."""
+
+
+class Evaluator(Protocol):
+    """Held-out quality of versions, beside training."""
+
+    async def evaluate(self, weights: Handle, version: int, answers: list[Handle]) -> EvalReport:
+        """KL to the teacher, perplexity, and exact match of the answers if there are any."""
+
+
+class Records(Protocol):
+    """Where the run is written down; never blocks the loop for long."""
+
+    def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None: ...
+
+    def spans(self, spans: list[Span]) -> None: ...
+
+    def sync(self, report: LoadReport) -> None: ...
+
+    def evaluation(self, report: EvalReport) -> None: ...
+
+    def warning(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """Everyone who takes part in a run; those a run does not need are None."""
+
+    prompts: PromptSource
+    rollouts: Rollouts | None
+    teachers: Teachers | None
+    trainer: Trainer
+    evaluator: Evaluator | None
+    records: Records
+    reference_parts: Any  # (Samples) -> list[Sampled]: references split over ranks
+
+
+__all__ = ["Evaluator", "Handle", "PromptSource", "Records", "Roles", "Rollouts", "Sampled", "Samples", "Teachers", "Trainer"]

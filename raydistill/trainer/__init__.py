@@ -1,0 +1,1 @@
+"""The trainer group: Ray Train workers that update the student with DeepSpeed."""

@@ -1,0 +1,122 @@
+"""DeepSpeed behind five calls: forward, backward, step, gathered adapter state, learning rate. Only this file imports it.
+
+ZeRO 0 to 3 give the same update. A step whose loss is not finite is not applied: ZeRO's own overflow check drops NaN
+gradients; stage 0 has none, so its gradients are removed before the optimizer sees them.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.config import TrainerSection
+from raydistill.quant.student import adapter_state
+from raydistill.tensors import CompletionModel, SequenceBatch
+from raydistill.trainer.schedule import learning_rate_factor
+
+
+class DeepSpeedEngine:
+    """One rank's engine; every method is collective over the ranks."""
+
+    def __init__(
+        self,
+        model: CompletionModel,
+        section: TrainerSection,
+        dtype: str,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        use_gpu = section.num_gpus > 0
+        if not use_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        if not use_gpu:
+            # The shared-memory op would compile for 50 s on first use; gloo does not need it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._section, self._deepspeed = section, deepspeed
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer or torch.optim.AdamW(
+            parameters, lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(section, step))
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+            config=deepspeed_config(section, dtype),
+        )
+        if section.zero_stage == 3:
+            _register_borrowed_parameters(model, deepspeed)
+
+    @property
+    def module(self) -> CompletionModel:
+        """The wrapped model, for forward passes without gradients."""
+        module: CompletionModel = self._engine.module
+        return module
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        logits_NV: Tensor = self._engine(batch)
+        return logits_NV
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, bad: bool) -> tuple[bool, float]:
+        """After each backward; DeepSpeed updates at the last micro-batch. Returns (applied, gradient norm there)."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if bad and boundary and self._section.zero_stage == 0:
+            for parameter in self._engine.module.parameters():
+                parameter.grad = None
+        self._engine.step()
+        if not boundary:
+            return True, 0.0
+        norm = self._engine.get_global_grad_norm()
+        return not bad, float(norm) if norm is not None else float("nan")
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The trainable state whole on every rank (ZeRO-3 gathers it)."""
+        with self._gathered():
+            return {name: tensor.detach().float().cpu().clone() for name, tensor in adapter_state(self.module.model).items()}
+
+    def _gathered(self) -> Any:
+        if self._section.zero_stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters([p for p in self.module.parameters() if p.requires_grad])
+
+    def whole_model(self) -> Any:
+        """Context in which every parameter is whole on every rank (a no-op below ZeRO-3)."""
+        if self._section.zero_stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+
+def _register_borrowed_parameters(model: nn.Module, deepspeed: Any) -> None:
+    """ZeRO-3 fetches a parameter for the module that owns it; merged layers read their children's, so declare those."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            for parameter in module.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def deepspeed_config(section: TrainerSection, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's JSON configuration for one trainer section."""
+    return {
+        "train_micro_batch_size_per_gpu": section.sequences_per_micro_batch,
+        "gradient_accumulation_steps": section.micro_batches_per_step,
+        "gradient_clipping": section.max_grad_norm,
+        "zero_optimization": {"stage": section.zero_stage, "overlap_comm": False},
+        # A plain torch optimizer: DeepSpeed's own CPU Adam compiles for minutes.
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
+        "steps_per_print": 10**9,
+    }

@@ -1,0 +1,57 @@
+"""Fills in a config that names an embedded world: the student's and teacher's folder and the data files it makes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from rich.console import Console
+
+from raydistill.config import Config
+from raydistill.errors import ConfigError
+
+
+def world_folder(config: Config) -> Path:
+    """Where the world of this config is cached."""
+    return (config.world.folder or config.run.output / "worlds" / config.world.name).absolute()
+
+
+def resolve_world(config: Config, console: Console) -> Config:
+    """Build (or find) the world and return the config with model and data paths set; unchanged without a world.
+
+    The student starts from the teacher's own weights, and fields that the user set himself stay.
+    """
+    if config.world.name == "none":
+        return config
+    from raydistill.demo.world import QUESTIONS_RECIPE, STORIES_RECIPE, prepare_question_answers, prepare_stories
+
+    folder = world_folder(config)
+    if config.world.name == "stories":
+        world = prepare_stories(folder, _recipe(STORIES_RECIPE, config), console=console)
+    else:
+        train, test = config.world.train_path, config.world.test_path
+        if train is None or test is None:
+            raise ConfigError(
+                "world.name='question_answers' needs world.train_path and world.test_path: JSONL files of "
+                "{question, answer} rows"
+            )
+        world = prepare_question_answers(folder, train, test, _recipe(QUESTIONS_RECIPE, config), console=console)
+    teacher = str(world.teacher_folder)
+    data = {"path": config.data.path or world.train_path, "eval_path": config.data.eval_path or world.validation_path}
+    return config.model_copy(
+        update={
+            "student": config.student.model_copy(update={"model": config.student.model or teacher}),
+            "teacher": config.teacher.model_copy(update={"model": config.teacher.model or teacher}),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+def _recipe(base: object, config: Config) -> object:
+    from dataclasses import replace
+
+    known = {f.name for f in fields(base)}  # type: ignore[arg-type]
+    for name in config.world.recipe:
+        if name not in known:
+            raise ConfigError(f"world.recipe has no setting {name!r}; it has {', '.join(sorted(known))}")
+    return replace(base, **config.world.recipe)  # type: ignore[type-var]
