@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class RunSummary:
     skipped_steps: int
     bottleneck: str
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
 @dataclass(slots=True)
@@ -117,8 +121,12 @@ class Launch:
         config = self._config = resolve_world(self._config, self._console)
         start = time.time()
         self._facts = check_models(config)
+        section = config.data
+        if config.needs_rollouts:  # a sampled completion must fit behind every prompt
+            room = max(section.min_prompt_room, config.rollout.max_new_tokens)
+            section = section.model_copy(update={"min_prompt_room": room})
         self._data = load_dataset(
-            config.data,
+            section,
             self._facts.tokenizer,
             self._facts.max_length,
             config.objective.on_policy_fraction < 1,

@@ -98,11 +98,12 @@ class EvaluatorActor:
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._spec.model)
-        truth = dict(zip(references.row_ids, references.completions.rows(), strict=True))
+        truth = dict(zip(references.indices, references.completions.rows(), strict=True))
         hits = [
-            exact_match(self._decode(ids), self._decode(truth[row_id]))
+            exact_match(self._decode(ids), self._decode(truth[index]))
             for part in answers
-            for row_id, ids in zip(part.row_ids, part.completions.rows(), strict=True)
+            for index, ids in zip(part.indices, part.completions.rows(), strict=True)
+            if index in truth
         ]
         share = float(np.mean(hits))
         return {

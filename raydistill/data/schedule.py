@@ -126,8 +126,8 @@ def held_out_prompts(examples: Sequence[Example]) -> PromptBatch | None:
 
 def held_out_references(examples: Sequence[Example]) -> Samples | None:
     """The held-out rows that have a reference completion; None if there are none."""
-    with_reference = [e for e in examples if e.reference_ids.size]
-    return _references(HELD_OUT, range(len(with_reference)), with_reference) if with_reference else None
+    with_reference = [index for index, example in enumerate(examples) if example.has_reference]
+    return _references(HELD_OUT, with_reference, examples) if with_reference else None
 
 
 def _prompt_batch(step: int, indices: Sequence[int], chosen: Sequence[Example]) -> PromptBatch:

@@ -6,25 +6,21 @@ needs half the steps of AdamW alone. The folder appears complete or not at all.
 """
 
 import os
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from raydistill.demo.batches import Batch, LossOn, make_batches
 from raydistill.demo.fast_forward import counted_logits
 from raydistill.demo.muon import Muon
+from raydistill.demo.progress import StepProgress
 from raydistill.demo.tokenizer import TokenRow, save_tokenizer
-
-Progress = Callable[[int, float], None]
-# Sorting by length inside pools of this many batches leaves 2 % of padding and still mixes the data.
-BATCHES_PER_POOL = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +44,7 @@ class TeacherRecipe:
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: LossOn = "completion"
     num_threads: int = 1
     seed: int = 0
 
@@ -64,25 +60,12 @@ class TeacherReport:
     cpu_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Right-padded rows. B sequences, T tokens, C counted positions of the longest row, N of all rows.
-
-    A position counts when its next token is in the loss.
-    """
-
-    input_ids_BT: Tensor
-    counted_BC: Tensor  # positions, the short rows padded with 0
-    keep_N: Tensor  # where the real ones lie in the flattened B*C
-    targets_N: Tensor
-
-
 def train_language_model(
     rows: Iterable[TokenRow],
     recipe: TeacherRecipe,
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> TeacherReport:
     """Trains on (prompt ids, completion ids) rows and saves model, tokenizer and generation settings in `folder`."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -126,13 +109,13 @@ def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen
 
 
 def run_steps(
-    model: Qwen3ForCausalLM, rows: Sequence[TokenRow], recipe: TeacherRecipe, progress: Progress | None
+    model: Qwen3ForCausalLM, rows: Sequence[TokenRow], recipe: TeacherRecipe, progress: StepProgress | None
 ) -> list[float]:
     """The training loop; returns the loss of every step in nats per counted token."""
     optimizers = make_optimizers(model, recipe)
     losses: list[float] = []
     model.train()
-    batches = make_batches(rows, recipe)
+    batches = make_batches(rows, recipe.batch_size, recipe.max_length, recipe.loss_on, recipe.seed)
     for step in range(recipe.num_steps):
         batch = next(batches)
         loss = mean_loss(model, batch)
@@ -182,41 +165,6 @@ def schedule(step: int, recipe: TeacherRecipe) -> float:
     warmup = (step + 1) / max(1, recipe.warmup_steps)
     decay = (recipe.num_steps - step) / max(1.0, recipe.decay_fraction * recipe.num_steps)
     return min(1.0, warmup, decay)
-
-
-def make_batches(rows: Sequence[TokenRow], recipe: TeacherRecipe) -> Iterator[Batch]:
-    """Endless batches: each epoch shuffled, sorted by length inside pools, the pool's batches shuffled again."""
-    rng = random.Random(recipe.seed)
-    pool_size = BATCHES_PER_POOL * recipe.batch_size
-    while True:
-        order = rng.sample(range(len(rows)), len(rows))
-        for start in range(0, len(order), pool_size):
-            pool = sorted(order[start : start + pool_size], key=lambda index: sum(map(len, rows[index])))
-            batches = [pool[at : at + recipe.batch_size] for at in range(0, len(pool), recipe.batch_size)]
-            rng.shuffle(batches)
-            for batch in batches:
-                yield collate([rows[index] for index in batch], recipe)
-
-
-def collate(rows: Sequence[TokenRow], recipe: TeacherRecipe) -> Batch:
-    """Pads on the right and lists the counted positions; rows longer than `max_length` are cut at the end."""
-    sequences = [(prompt + completion)[: recipe.max_length] for prompt, completion in rows]
-    firsts = [len(prompt) if recipe.loss_on == "completion" else 1 for prompt, _ in rows]
-    targets = [sequence[first:] for sequence, first in zip(sequences, firsts, strict=True)]
-    width = max(map(len, sequences)) - 1  # the last token predicts nothing
-    most = max(map(len, targets))
-    padded = [sequence[:-1] + [0] * (width + 1 - len(sequence)) for sequence in sequences]
-    counted = [
-        [*range(first - 1, first - 1 + len(row)), *[0] * (most - len(row))]
-        for row, first in zip(targets, firsts, strict=True)
-    ]
-    keep = [at * most + offset for at, row in enumerate(targets) for offset in range(len(row))]
-    return Batch(
-        input_ids_BT=torch.tensor(padded),
-        counted_BC=torch.tensor(counted),
-        keep_N=torch.tensor(keep),
-        targets_N=torch.tensor([target for row in targets for target in row]),
-    )
 
 
 def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

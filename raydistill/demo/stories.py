@@ -98,9 +98,7 @@ class SplitPaths:
 
     @classmethod
     def inside(cls, folder: Path) -> "SplitPaths":
-        return cls(
-            train=folder / "train.jsonl", validation=folder / "validation.jsonl", test=folder / "test.jsonl"
-        )
+        return cls(train=folder / "train.jsonl", validation=folder / "validation.jsonl", test=folder / "test.jsonl")
 
 
 def split_of(prompt: str) -> Split:

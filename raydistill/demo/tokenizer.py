@@ -29,9 +29,7 @@ Message = dict[str, str]
 TokenRow = tuple[list[int], list[int]]
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 512, max_length: int = 1024
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 512, max_length: int = 1024) -> PreTrainedTokenizerFast:
     """Byte-level BPE over `texts` with at most `vocab_size` entries; fewer where the texts hold no more merges."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(

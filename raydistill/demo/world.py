@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
-from raydistill.demo.pretrain import Progress, TeacherRecipe, TeacherReport, train_language_model
-from raydistill.demo.progress import announce, shown
+from raydistill.demo.pretrain import TeacherRecipe, TeacherReport, train_language_model
+from raydistill.demo.progress import StepProgress, announce, training_progress
 from raydistill.demo.questions import load_questions, write_question_splits
 from raydistill.demo.stories import GENERATOR_VERSION, SplitPaths, write_splits
 from raydistill.demo.tokenizer import Message, encode_chats, train_tokenizer
@@ -28,6 +29,7 @@ from raydistill.errors import UserError
 
 # Part of every fingerprint: raise it when the same recipe would train another teacher.
 TRAINING_VERSION = 1
+NOTE = "world.json"
 TOKENIZER_ROWS = 4_000  # enough to see every word of the stories; keeps tokenizer training below a second
 
 STORIES_RECIPE = TeacherRecipe()
@@ -53,7 +55,7 @@ class World:
     validation_path: Path
     test_path: Path
     cached: bool
-    report: TeacherReport = field(repr=False)  # of the training, also when cached
+    report: TeacherReport  # of the training, also when cached
 
 
 def prepare_stories(
@@ -64,11 +66,11 @@ def prepare_stories(
     num_test: int = 512,
     seed: int = 0,
     console: Console | None = None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> World:
     """The arithmetic-stories world in `folder`, built unless it is already there."""
     sizes = {"train": num_train, "validation": num_validation, "test": num_test}
-    fingerprint = fingerprint_of(kind="stories", recipe=recipe, data={"version": GENERATOR_VERSION, "seed": seed} | sizes)
+    fingerprint = fingerprint_of("stories", recipe, {"version": GENERATOR_VERSION, "seed": seed, **sizes})
 
     def write(inside: Path) -> None:
         announce(console, f"Writing {num_train:,} arithmetic stories")
@@ -83,13 +85,19 @@ def prepare_question_answers(
     test_jsonl: Path,
     recipe: TeacherRecipe = QUESTIONS_RECIPE,
     console: Console | None = None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> World:
     """A world of {question, answer} rows such as GSM8K: a small language model of that text as the teacher."""
-    train, test = load_questions(train_jsonl), load_questions(test_jsonl)
-    hashes = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in ()}
-    fingerprint = fingerprint_of(kind="questions", recipe=recipe, data=hashes)
-    return _prepare(folder, recipe, fingerprint, lambda inside: write_question_splits(inside, train, test), console, progress)
+    sources = [Path(train_jsonl), Path(test_jsonl)]
+    train, test = (load_questions(path) for path in sources)
+    data = {"sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}
+    fingerprint = fingerprint_of("questions", recipe, data)
+
+    def write(inside: Path) -> None:
+        announce(console, f"Writing {len(train):,} questions and answers")
+        write_question_splits(inside, train, test)
+
+    return _prepare(folder, recipe, fingerprint, write, console, progress)
 
 
 def _prepare(
@@ -98,23 +106,85 @@ def _prepare(
     fingerprint: str,
     write: Callable[[Path], object],
     console: Console | None,
-    progress: Progress | None,
+    progress: StepProgress | None,
 ) -> World:
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     with _one_builder(folder):
         if (world := find_world(folder, fingerprint)) is not None:
             announce(console, f"Using the world in {folder}")
             return world
         _refuse_foreign(folder)
-        building = folder.with_name(folder.name + ".building")
+        building = folder.with_name(f".{folder.name}.building")
         shutil.rmtree(building, ignore_errors=True)  # what a killed builder left
         building.mkdir()
         write(building)
         report = _train_teacher(building, recipe, console, progress)
         note = {"fingerprint": fingerprint, "recipe": asdict(recipe), "report": asdict(report)}
-        (building / "world.json").write_text(json.dumps(note, indent=2) + "\n")
+        (building / NOTE).write_text(json.dumps(note, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
-    world = find_world(folder, fingerprint)
-    assert world is not None
-    return World(**{name: getattr(world, name) for name in World.__slots__} | {"cached": False})
+        return _world_in(folder, report, cached=False)
+
+
+def _train_teacher(
+    folder: Path, recipe: TeacherRecipe, console: Console | None, progress: StepProgress | None
+) -> TeacherReport:
+    """Trains tokenizer and model on the folder's train file."""
+    needed = recipe.num_steps * recipe.batch_size  # tokenise no row that training never reaches
+    with SplitPaths.inside(folder).train.open(encoding="utf-8") as lines:
+        chats: list[list[Message]] = [json.loads(line)["messages"] for line in islice(lines, needed)]
+    texts = [message["content"] for chat in chats[:TOKENIZER_ROWS] for message in chat]
+    tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.max_length)
+    rows = encode_chats(tokenizer, chats)
+    with training_progress(console, recipe.num_steps, progress) as after_step:
+        report = train_language_model(rows, recipe, folder / "teacher", tokenizer, after_step)
+    announce(
+        console,
+        f"Teacher: {report.num_parameters:,} parameters, {report.num_steps} steps in {report.wall_s:.0f} s, "
+        f"loss {report.final_loss_nats:.3f} nats",
+    )
+    return report
+
+
+def fingerprint_of(kind: str, recipe: TeacherRecipe, data: Mapping[str, object]) -> str:
+    """Changes whenever another world would come out."""
+    parts = {"kind": kind, "training": TRAINING_VERSION, "recipe": asdict(recipe), "data": data}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def find_world(folder: Path, fingerprint: str) -> World | None:
+    """The world in `folder`, if it is the wanted one and all its parts are there."""
+    try:
+        note = json.loads((folder / NOTE).read_text())
+        world = _world_in(folder, TeacherReport(**note["report"]), cached=True)
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: build it again
+        return None
+    parts = [world.teacher_folder / "config.json", world.train_path, world.validation_path, world.test_path]
+    return world if note["fingerprint"] == fingerprint and all(part.exists() for part in parts) else None
+
+
+def _world_in(folder: Path, report: TeacherReport, cached: bool) -> World:
+    paths = SplitPaths.inside(folder)
+    return World(
+        teacher_folder=folder / "teacher",
+        train_path=paths.train,
+        validation_path=paths.validation,
+        test_path=paths.test,
+        cached=cached,
+        report=report,
+    )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Never delete what is not a world."""
+    if folder.exists() and not (folder.is_dir() and ((folder / NOTE).exists() or not any(folder.iterdir()))):
+        raise UserError(f"{folder} exists and is not a world made by raydistill: choose another folder or empty it")
+
+
+@contextmanager
+def _one_builder(folder: Path) -> Iterator[None]:
+    """Holds a lock beside the folder; the system lets go of it when the process ends, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

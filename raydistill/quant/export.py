@@ -1,13 +1,13 @@
 """The product: a folder with the packed student that stands alone, and the way back to a transformers model.
 
     config.json, tokenizer files      as in the base folder
-    model.safetensors                 <layer>.weight_packed (uint8), .weight_scale, .weight_zero_point (uint8, packed), and
+    model.safetensors                 <layer>.weight_packed (uint8), .weight_scale, .weight_zero_point (uint8, packed);
                                       every other tensor in its own dtype; a tied output head is not stored again
     adapter/                          served mode: the adapter in PEFT's format
     raydistill.json                   format, mode, shapes, hashes; the last file written
 
-A folder is written beside its final name and then renamed, so a half-written one never carries the name. `load_exported`
-compares the hashes with what it read.
+A folder is written beside its final name and then renamed, so a half-written one never carries the name.
+`load_exported` compares the hashes with what it read.
 """
 
 import json
@@ -63,14 +63,16 @@ def export_student(
 ) -> str:
     """Write the folder; returns the hash of the codes (`hash_codes`).
 
-    codes: every quantized layer. adapter: served mode only, a state of `adapter_state`; it needs `lora`. other_weights:
-    parameters (by Hugging Face name) that replace those of the base folder. dtype: in which the student computes, such as
-    "float32" (default: that of config.json). extra: kept in raydistill.json. An earlier export at `folder_out` is
-    replaced; any other folder that is not empty is refused.
+    codes: every quantized layer. adapter: served mode only, a state of `adapter_state`; it needs `lora`.
+    other_weights: parameters (by Hugging Face name) that replace those of the base folder. dtype: in which the student
+    computes, such as "float32" (default: that of config.json). extra: kept in raydistill.json. An earlier export at
+    `folder_out` is replaced; any other folder that is not empty is refused.
     """
     out, base = Path(folder_out), model_folder(base_folder)
     if (adapter is not None) != (mode == "served") or (adapter is not None and lora is None):
-        raise QuantError(f"an export in mode {mode!r} takes an adapter and its lora settings if and only if it is 'served'.")
+        raise QuantError(
+            f"mode={mode!r}: an export takes an adapter and its lora settings if and only if it is 'served'."
+        )
     if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise QuantError(f"{out} exists and is no export of raydistill; choose another folder or empty it.")
     others = unquantized_tensors(base, codes, other_weights or {})
@@ -125,8 +127,8 @@ def load_exported(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Mo
     """A transformers model in eval mode that computes what the student computed: dense Q(W), and in served mode the
     adapter beside it. dtype None: the one the student was trained in.
 
-    A folder without raydistill.json is loaded as the plain transformers model that it is (a teacher). QuantError if a file
-    is missing or damaged or a hash differs.
+    A folder without raydistill.json is loaded as the plain transformers model that it is (a teacher). QuantError if a
+    file is missing or damaged or a hash differs.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -165,7 +167,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise QuantError(f"{path} cannot be read ({error}); export the student again.") from error
     if missing or manifest["layout"] != LAYOUT_VERSION:
-        raise QuantError(f"{path} has another layout than version {LAYOUT_VERSION} (lacks {sorted(missing)}); export again.")
+        lacks = f" and lacks {sorted(missing)}" if missing else ""
+        raise QuantError(f"{path} has another layout than version {LAYOUT_VERSION}{lacks}; export the student again.")
     return cast(dict[str, Any], manifest)
 
 

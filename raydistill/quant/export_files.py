@@ -106,7 +106,7 @@ def dense_state(manifest: Mapping[str, Any], tensors: dict[str, Tensor], path: P
         ("unquantized tensors", manifest["others_hash"], hash_tensors(tensors)),
     ):
         if stored != read:
-            raise QuantError(f"{path}: the {what} have hash {read}, the export wrote {stored}; export the student again.")
+            raise QuantError(f"{path}: the {what} have hash {read}, the export wrote {stored}; export it again.")
     return tensors | {f"{name}.weight": dequantize(quantized) for name, quantized in codes.items()}
 
 

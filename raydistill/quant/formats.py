@@ -66,7 +66,7 @@ def format_from_dict(data: dict[str, Any]) -> WeightFormat:
     try:
         return WeightFormat(**data)
     except TypeError as error:
-        raise QuantError(f"not a weight format: {data} ({error}); it needs bits, group_size, symmetric, scale.") from error
+        raise QuantError(f"not a weight format: {data} ({error}); give bits, group_size, symmetric, scale.") from error
 
 
 def _check(good: bool, what: str, allowed: str) -> None:

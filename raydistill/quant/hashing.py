@@ -1,4 +1,4 @@
-"""Short fingerprints of weights: equal on every device and in every process when, and only when, the values are equal."""
+"""Short fingerprints of weights: equal on every device and in every process if and only if the values are equal."""
 
 import hashlib
 from collections.abc import Mapping

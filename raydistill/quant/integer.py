@@ -1,8 +1,8 @@
 """Integer grids: weights to codes and back, and the fake quantizer that a student trains through.
 
 Convention: codes are signed, -2^(B-1) .. 2^(B-1) - 1, for symmetric and asymmetric formats alike (as compressed-tensors
-stores them), and weight = (code - zero_point) * scale. All arithmetic is float32. Sums over a group are taken pairwise in
-a fixed order, so the same float32 weights give the same codes on every device.
+stores them), and weight = (code - zero_point) * scale. All arithmetic is float32. Sums over a group are taken pairwise
+in a fixed order, so the same float32 weights give the same codes on every device.
 
 Shape letters: O out_features, I in_features, G groups in a row, S inputs in a group, N = O * G groups, C scale factors.
 """
@@ -63,9 +63,9 @@ def check_group_size(in_features: int, fmt: WeightFormat, name: str) -> int:
 def quantize(weight_OI: Tensor, fmt: WeightFormat, name: str = "weight") -> QuantizedWeight:
     """Codes, scales and zero points of a weight; computed in float32 whatever its dtype.
 
-    Symmetric: scale = absmax / ((2^B - 1) / 2), code = clip(round(w / scale)). Asymmetric: scale = (max - min) / (2^B - 1)
-    of the range widened to hold zero, integer zero point, code = clip(round(w / scale + zero point)). The scale is
-    rounded to the format's scale_dtype first.
+    Symmetric: scale = absmax / ((2^B - 1) / 2), code = clip(round(w / scale)).
+    Asymmetric: scale = (max - min) / (2^B - 1) of the range widened to hold zero, integer zero point, and
+    code = clip(round(w / scale + zero point)). The scale is rounded to the format's scale_dtype first.
     """
     if weight_OI.ndim != 2:
         raise QuantError(f"layer {name} has a weight of shape {tuple(weight_OI.shape)}; only matrices are quantized.")

@@ -1,8 +1,9 @@
 """Linear layers that a student trains through, and the memory of the dense weight they were last rebuilt to.
 
 A rebuild costs more than a small layer's matmul, and one set of parameters serves many forwards: micro-batches, the
-recomputation of gradient checkpointing, every token of a generation. So the dense weight is kept and made again only when
-the *values* it came from differ. Versions or flags would not do: optimizers that write through `.data` leave no trace.
+recomputation of gradient checkpointing, every token of a generation. So the dense weight is kept and made again only
+when the *values* it came from differ. Versions or flags would not do: optimizers that write through `.data` leave no
+trace. The memory is one dense weight per layer, and in mode "none" a copy of W.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, cast
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear as apply_linear
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
@@ -27,7 +28,7 @@ class LastRebuild:
         self._dense: Tensor | None = None
 
     def get(self, sources: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
-        """`build()`, or its last result if the sources have the same values on the same device; never has a gradient."""
+        """`build()`, or its last result if the sources have the same values on the same device; has no gradient."""
         # A tensor made in inference mode could not be used by a later training step, so leave that mode to make it.
         with torch.inference_mode(False), torch.no_grad():
             if self._dense is None or not self._same(sources):
@@ -73,7 +74,7 @@ class MergedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
-        return F.linear(x, self.student_weight(), cast(Any, self.get_base_layer()).bias)
+        return apply_linear(x, self.student_weight(), cast(Any, self.get_base_layer()).bias)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise QuantError("merging in place would be quantized a second time; use raydistill's export instead.")
@@ -103,7 +104,7 @@ class _MergedStraightThrough(torch.autograd.Function):
 
 
 class FakeQuantLinear(nn.Linear):
-    """y = Q(W) x with W trained by straight-through gradients; takes over the parameters of `linear`, names unchanged."""
+    """y = Q(W) x with W trained by straight-through gradients; takes over `linear`'s parameters, names unchanged."""
 
     def __init__(self, linear: nn.Linear, fmt: WeightFormat) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -115,4 +116,4 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, fmt = self.weight, self._fmt
         dense = self._rebuilt.get((weight,), lambda: dequantize(quantize(weight, fmt)).to(weight.dtype))
-        return F.linear(input, straight_through(weight, dense), self.bias)
+        return apply_linear(input, straight_through(weight, dense), self.bias)

@@ -104,8 +104,8 @@ def prepare_student(
 
 @torch.no_grad()
 def freeze_quantized(layers: Mapping[str, nn.Linear], fmt: WeightFormat) -> dict[str, PackedWeight]:
-    """Replace each layer's W by the values of its codes, in place; returns the codes (quantizing a second time would not
-    give them back)."""
+    """Replace each layer's W by the values of its codes, in place; returns the codes, which quantizing a second time
+    would not give back."""
     packed: dict[str, PackedWeight] = {}
     for name, layer in layers.items():
         quantized = rebuild_codes({name: layer.weight}, {}, fmt, 1.0, "served")[name]
@@ -150,7 +150,7 @@ def _check_and_resolve(
 ) -> tuple[str, ...]:
     """The full names of the adapter's targets; QuantError for settings that do not go together."""
     if (mode == "none") != (lora is None) or mode not in ("merged", "served", "none"):
-        raise QuantError(f"mode={mode!r} with lora={lora}: 'merged' and 'served' need lora settings, 'none' takes none.")
+        raise QuantError(f"mode={mode!r} with lora={lora}: 'merged' and 'served' need lora settings, 'none' takes none")
     if lora is None:
         return ()
     if mode == "merged" and lora.dropout > 0:
@@ -171,7 +171,7 @@ def _check_and_resolve(
     outside = [name for name in targets if name not in layers]
     if mode == "merged" and outside:
         raise QuantError(
-            f"adapter target {outside[0]} is not quantized (output head, or in skip), so nothing can be merged into its "
-            "codes; take it out of the targets or out of skip, or use mode 'served'."
+            f"adapter target {outside[0]} is not quantized (output head, or in skip), so nothing can be merged into "
+            "its codes; take it out of the targets or out of skip, or use mode 'served'."
         )
     return tuple(targets)

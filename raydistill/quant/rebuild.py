@@ -1,8 +1,8 @@
 """From base weights and an adapter to the student's weights: the one function that every side uses.
 
-The trainer's forward, the rollout engines and the export all call these, so a student that was trained is, code for code,
-the student that is sampled and shipped. Adapter states are named by Hugging Face module: "<module>.lora_A" [R, I] and
-"<module>.lora_B" [O, R]; in mode "none" by parameter: "<module>.weight" and whatever else was trained.
+The trainer's forward, the rollout engines and the export all call these, so a student that was trained is, code for
+code, the student that is sampled and shipped. Adapter states are named by Hugging Face module: "<module>.lora_A" [R, I]
+and "<module>.lora_B" [O, R]; in mode "none" by parameter: "<module>.weight" and whatever else was trained.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,9 +35,9 @@ def rebuild_codes(
 ) -> dict[str, QuantizedWeight]:
     """The codes of every quantized layer of the student.
 
-    base_weights: Hugging Face module name -> W, for exactly the layers that are quantized, in the dtype the trainer loads
-    them in. merged: quantize(W + scaling * B @ A), for layers without an adapter quantize(W). served: quantize(W); the
-    adapter stays beside it. none: quantize of the trained weight; base_weights then only says which layers are quantized.
+    base_weights: Hugging Face module name -> W, for exactly the layers that are quantized, in the trainer's dtype.
+    merged: quantize(W + scaling * B @ A), and quantize(W) for layers without an adapter. served: quantize(W); the
+    adapter stays beside it. none: quantize of the trained weight; base_weights then only gives names and dtypes.
     """
     check_adapter(base_weights, adapter, mode)
     return {
@@ -53,8 +53,8 @@ def rebuild_weights(
     scaling: float,
     mode: Mode,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, dense weight in W's dtype) of the student's layers, one at a time, for an engine that loads dense
-    weights; with fmt None the unquantized student's. In mode "none" the other trained parameters follow."""
+    """(parameter name, dense weight in W's dtype) of the student's layers, one at a time, for an engine that loads
+    dense weights; with fmt None the unquantized student's. In mode "none" the other trained parameters follow."""
     check_adapter(base_weights, adapter, mode)
     for name, weight in base_weights.items():
         full = _full_precision(name, weight, adapter, scaling, mode)
@@ -74,7 +74,7 @@ def _full_precision(name: str, weight: Tensor, adapter: Mapping[str, Tensor], sc
     else:
         full = weight
     if not bool(torch.isfinite(full).all()):
-        raise QuantError(f"the weight of layer {name} holds NaN or infinity; training diverged: lower the learning rate.")
+        raise QuantError(f"the weight of layer {name} holds NaN or infinity; if training diverged, lower its rate.")
     return full
 
 
@@ -88,8 +88,8 @@ def check_adapter(base_weights: Mapping[str, Tensor], adapter: Mapping[str, Tens
             other = f"{name}.lora_{'B' if part == 'lora_A' else 'A'}"
             if part not in ("lora_A", "lora_B") or name not in base_weights or other not in adapter:
                 raise QuantError(
-                    f"adapter tensor {key!r} belongs to no quantized layer, or its pair {other!r} is missing; the adapter "
-                    "comes from another model or other quant.skip layers."
+                    f"adapter tensor {key!r} belongs to no quantized layer, or its pair {other!r} is missing; the "
+                    "adapter comes from another model or other quant.skip layers."
                 )
             size = base_weights[name].shape[part == "lora_A"]
             if adapter[key].ndim != 2 or adapter[key].shape[part == "lora_A"] != size:

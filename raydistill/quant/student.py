@@ -1,8 +1,8 @@
 """The student as one function on every side: how it is made, what travels, which codes it computes with.
 
 `prepare_student` turns a freshly loaded transformers model into the student, in place; trainer, reference engine and
-evaluation all call it. Then `adapter_state` reads what travels, `load_adapter_state` writes it, `student_codes` gives the
-codes of the live model. Engines that hold only W use `rebuild_codes` or `rebuild_weights`.
+evaluation all call it. Then `adapter_state` reads what travels, `load_adapter_state` writes it, `student_codes` gives
+the codes of the live model. Engines that hold only W use `rebuild_codes` or `rebuild_weights`.
 """
 
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if missing or unexpected:
         raise QuantError(
             f"the adapter does not fit the student: {len(missing)} tensors are missing (first: {missing[:1]}), "
-            f"{len(unexpected)} are unexpected (first: {unexpected[:1]}). Use the adapter.mode and adapter.targets it was "
-            "trained with."
+            f"{len(unexpected)} are unexpected (first: {unexpected[:1]}). Use the adapter.mode and adapter.targets it "
+            "was trained with."
         )
     for key, parameter in parameters.items():
         if parameter.shape != state[key].shape:

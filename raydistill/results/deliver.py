@@ -15,13 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from raydistill.results.delivery import Delivery, Store, log, read_state
-from raydistill.results.provenance import scrub
+from raydistill.results.provenance import HIDDEN, scrub
+from raydistill.results.record_lines import read_record
 from raydistill.results.store import QUIET_ENVIRONMENT, ResultsStore, default_uri
 
 POLL_S = 1.0
@@ -72,7 +74,7 @@ def _keep_delivering(delivery: Delivery, follow: bool, writer_gone: threading.Ev
                 return True
             pause_s, failing_since, problem = FIRST_PAUSE_S, None, None
             writer_gone.wait(POLL_S)
-        except Exception as error:  # noqa: BLE001 - any failure of store, driver or network: the record is safe, try again
+        except Exception as error:  # any failure of store, driver or network: the record is safe, try again
             failing_since = failing_since or time.monotonic()
             text = delivery.failed(error)
             if text != problem:
@@ -116,10 +118,8 @@ class DeliveryHandle:
         After False the record is still whole: `retry_command(folder)` delivers what is missing.
         """
         if self.process.stdin and not self.process.stdin.closed:
-            try:
+            with suppress(OSError):  # it has ended already
                 self.process.stdin.close()
-            except OSError:  # it has ended already
-                pass
         try:
             return self.process.wait(timeout_s) == 0
         except subprocess.TimeoutExpired:
@@ -169,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Fill the results store from a run's record. Doing it again is harmless: nothing is stored twice.",
     )
     parser.add_argument("folder", type=Path, help="the run's folder, which holds record.jsonl: outputs/runs/NAME")
-    parser.add_argument("--uri", help="MLflow tracking URI; default: results.db beside the runs folder")
-    parser.add_argument("--experiment", default="raydistill", help="MLflow experiment (default: %(default)s)")
+    parser.add_argument("--uri", help="MLflow tracking URI; default: the one of the run")
+    parser.add_argument("--experiment", help="MLflow experiment; default: the one of the run")
     parser.add_argument("--follow", action="store_true", help="go on until the run ends")
     parser.add_argument("--from-driver", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -181,10 +181,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = json.loads(sys.stdin.readline())
         uri, experiment = told["uri"], told["experiment"]
         threading.Thread(target=_watch_pipe, args=(writer_gone,), daemon=True).start()
-    elif not (folder / "record.jsonl").exists():
-        print(f"{folder} holds no record.jsonl; give the folder of a run: outputs/runs/NAME", file=sys.stderr)
-        return 2
-    uri = uri or default_uri(folder.parent.parent)
+    else:
+        start = next(read_record(folder), None)
+        if start is None:
+            print(f"{folder} holds no record.jsonl; give the folder of a run: outputs/runs/NAME", file=sys.stderr)
+            return 2
+        chosen = start.get("config", {}).get("results", {})
+        uri = uri or chosen.get("uri") or default_uri(folder.parent.parent)
+        experiment = experiment or chosen.get("experiment") or "raydistill"
+        if HIDDEN in uri:
+            print(f"the record does not keep the password of {uri}; give the whole address with --uri", file=sys.stderr)
+            return 2
     done = deliver(folder, uri, experiment, arguments.follow or arguments.from_driver, writer_gone=writer_gone)
     log(f"{'delivered' if done else 'not delivered'}: {folder.name} -> {scrub(uri)}")
     return 0 if done else 1

@@ -64,7 +64,7 @@ class Delivery:
             self.state = State(store=store_digest)
 
     def advance(self) -> bool:
-        """Deliver all whole lines that are there now; True if the last one ends the run. Raises what the store raises."""
+        """Deliver all whole lines there are; True if the last one ends the run. Raises what the store raises."""
         store = self._opened()
         path = self.folder / RECORD_FILE
         if not path.exists():
@@ -112,7 +112,7 @@ class Delivery:
         return self._store
 
     def _go_to_place(self, store: Store, file: BinaryIO) -> None:
-        """Move to the first undelivered line; to the beginning if what was delivered is no longer what the record says."""
+        """Move to the first undelivered line; to the beginning if what was delivered is no longer in the record."""
         stat = os.fstat(file.fileno())
         if stat.st_ino == self._inode and stat.st_size >= self.state.offset:
             file.seek(self.state.offset)

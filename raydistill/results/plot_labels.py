@@ -18,7 +18,7 @@ def place_labels(
     axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], font_size: float = 9.5
 ) -> None:
     """Try places around each point, near ones first, and take the first free one; far names get a thin line."""
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     assert figure is not None
     figure.tight_layout()
     scale = figure.dpi / 72
@@ -27,8 +27,8 @@ def place_labels(
     taken: list[Box] = [(x - 8, y - 8, x + 8, y + 8) for x, y in pixels]
     legend = axes.get_legend()
     if legend is not None:
-        box = legend.get_window_extent()
-        taken.append((box.x0, box.y0, box.x1, box.y1))
+        covered = legend.get_window_extent()
+        taken.append((covered.x0, covered.y0, covered.x1, covered.y1))
     for (x, y), name in sorted(zip(pixels, names, strict=True), key=lambda item: item[0]):
         width, height = _CHARACTER_WIDTH * font_size * scale * len(name), 1.35 * font_size * scale
         box = _free_box(x, y, width, height, taken, (frame.x0, frame.y0, frame.x1, frame.y1))
@@ -37,8 +37,8 @@ def place_labels(
         is_far = math.hypot(max(box[0] - x, x - box[2], 0), max(box[1] - y, y - box[3], 0)) > 2 * _GAP
         axes.annotate(
             name,
-            xy=axes.transData.inverted().transform((x, y)),
-            xytext=axes.transData.inverted().transform(middle),
+            xy=_data_point(axes, x, y),
+            xytext=_data_point(axes, *middle),
             textcoords="data",
             ha="center",
             va="center",
@@ -46,6 +46,11 @@ def place_labels(
             arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.7, "shrinkB": 6} if is_far else None,
             zorder=4,
         )
+
+
+def _data_point(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    found = axes.transData.inverted().transform((x, y))
+    return float(found[0]), float(found[1])
 
 
 def _free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box], frame: Box) -> Box:

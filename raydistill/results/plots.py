@@ -15,6 +15,7 @@ from raydistill.messages import Span
 from raydistill.results.plot_labels import place_labels
 from raydistill.results.plot_spans import plot_spans
 from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, save_figure, stage_legend
+from raydistill.results.record_lines import spans_of
 from raydistill.results.tables import SummaryRow, format_bytes
 from raydistill.results.timeline import WAIT, stage_seconds_per_step
 
@@ -39,7 +40,7 @@ _ROLE_NAMES = {
 
 
 def plot_bytes_kl(rows: Sequence[SummaryRow], path: Path) -> Path:
-    """Size of what is served (x) against KL to the teacher (y, log). Down and left is better. The teacher (KL 0) is a note."""
+    """Size of what is served (x) against KL to the teacher (y, log); the teacher (KL 0) is a note."""
     figure, (axes,) = new_figure(1, height=5.6)
     shown = [row for row in rows if row.kl_nats is not None and row.kl_nats > 0 and math.isfinite(row.kl_nats)]
     for role in dict.fromkeys(row.role for row in shown):
@@ -47,7 +48,7 @@ def plot_bytes_kl(rows: Sequence[SummaryRow], path: Path) -> Path:
         points = [row for row in shown if row.role == role]
         axes.scatter(
             [row.bytes for row in points],
-            [row.kl_nats for row in points],
+            [row.kl_nats or 0.0 for row in points],
             c=colour,
             marker=marker,
             s=size,
@@ -76,7 +77,7 @@ def plot_training(record: Iterable[Mapping[str, Any]], path: Path) -> Path:
     lines = list(record)
     steps = [line for line in lines if line["kind"] == "step"]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    spans = [Span(**span) for line in lines if line["kind"] == "spans" for span in line["spans"]]
+    spans = spans_of(lines)
     figure, (quality, timing) = new_figure(2, height=7.2)
     loss = _series(steps, "step", "trainer/loss")
     train_kl, held_out = _series(steps, "step", "trainer/kl_nats"), _series(evaluations, "version", "evaluate/kl_nats")

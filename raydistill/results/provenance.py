@@ -87,7 +87,7 @@ def machine() -> dict[str, Any]:
 
 
 def scrub(value: Any) -> Any:
-    """The same value without secrets: by key (api_key, token, password) and inside text (URLs, key=value, well-known keys)."""
+    """The same value without secrets: by key (api_key, token) and inside text (URLs, key=value, known forms)."""
     if isinstance(value, Mapping):
         return {key: HIDDEN if item and _is_secret(str(key), item) else scrub(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -39,8 +39,13 @@ def decode_line(raw: bytes) -> Line:
 
 def read_spans(folder: Path) -> list[Span]:
     """All spans of a record by start, each once."""
+    return spans_of(read_record(folder))
+
+
+def spans_of(lines: Iterable[Mapping[str, Any]]) -> list[Span]:
+    """All spans of some lines by start, each once (an evaluation's may stand in its report and among the spans)."""
     spans: set[Span] = set()
-    for line in read_record(folder):
+    for line in lines:
         if line["kind"] == "spans":
             spans |= {Span(**span) for span in line["spans"]}
         elif line["kind"] == "evaluation" and line.get("span"):

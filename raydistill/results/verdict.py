@@ -70,11 +70,13 @@ def next_steps(rows: Sequence[SummaryRow]) -> str:
     rival = _best([row for row in ptq if row.bytes <= student.bytes * SAME_SIZE]) or _best(ptq)
     assert rival is not None
     if rival.bytes * SAME_SIZE < student.bytes and _not_worse(rival, student) and _kl(rival) <= _kl(student):
-        return f"{rival.name} is smaller and as good: use adapter.mode='merged' (adds no byte), a lower rank or fewer bits."
+        return (
+            f"{rival.name} is smaller and as good: use adapter.mode='merged' (adds no byte), a lower rank, fewer bits."
+        )
     hints = []
     if teacher and (gap := difference(teacher, rival)) and gap.se is not None and not gap.is_real:
         hints.append(
-            f"exact match cannot move here ({rival.name} is within noise of the teacher): judge by KL, or try fewer bits"
+            f"exact match cannot move here ({rival.name} is within noise of the teacher): judge by KL or try fewer bits"
         )
     elif (rows_needed := _rows_to_resolve(student, rival)) is not None:
         hints.append(f"evaluate on about {rows_needed:,} rows to tell {student.name} from {rival.name}")

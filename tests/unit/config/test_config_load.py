@@ -84,7 +84,9 @@ def test_every_way_to_write_an_override():
         ]
     ).config
     assert (config.trainer.learning_rate, config.trainer.num_steps, config.trainer.zero_stage) == (1e-4, 7, 1)
-    assert config.run.verbose and config.student.trust_remote_code and not config.trainer.gradient_checkpointing
+    assert config.run.verbose
+    assert config.student.trust_remote_code
+    assert not config.trainer.gradient_checkpointing
     assert config.quant.skip == ("lm_head", "embed_tokens")
     assert config.adapter.targets == ("q_proj", "v_proj")
     assert config.trainer.betas == (0.8, 0.9)
@@ -97,7 +99,8 @@ def test_every_way_to_write_an_override():
 def test_a_flag_before_a_file_does_not_swallow_it(write):
     file = write("a.toml", "[run]\nseed = 5\n")
     config = load_config(["--run.verbose", file]).config
-    assert config.run.verbose and config.run.seed == 5
+    assert config.run.verbose
+    assert config.run.seed == 5
 
 
 def test_none_unsets_an_optional_field_and_removes_an_entry_of_a_table(write):
@@ -148,7 +151,8 @@ def test_an_unknown_name_offers_the_nearest_field(given, meant, write):
     if given.count(".") == 1:
         section, leaf = given.split(".")
         (line,) = problems(write("a.toml", f"\n[{section}]\n{leaf} = 1\n"))
-        assert line.startswith("a.toml:") and ("did you mean `" in line)
+        assert line.startswith("a.toml:")
+        assert "did you mean `" in line
 
 
 def test_a_leaf_of_two_sections_offers_both_and_the_nearer_section_first():
