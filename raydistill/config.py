@@ -267,6 +267,21 @@ class WorldSection(Section):
         return self
 
 
+class StudySection(Section):
+    """What `raydistill demo` compares, beside the teacher and plain post-training quantization (PTQ)."""
+
+    arms: tuple[Literal["student", "gold-ce", "off-policy", "mixed", "on-policy"], ...] = Field(
+        ("student", "gold-ce"),
+        description="runs to compare; student: this config as it is; gold-ce: cross-entropy on the data set's answers; "
+        "off-policy, mixed, on-policy: lambda and beta at 0, 0.5, 1",
+    )
+    ptq_formats: tuple[Literal["int4", "int3", "int2"], ...] = Field(
+        ("int4", "int3", "int2"), description="widths of the PTQ rows, each with the best of four grids"
+    )
+    test_rows: PositiveInt = Field(512, description="rows of the final table, from the world's test file")
+    grid_rows: PositiveInt = Field(256, description="validation rows on which the PTQ grid is chosen")
+
+
 class Config(Section):
     """Everything one run needs. Sections are handed to the actors that need them, and no further."""
 
@@ -284,6 +299,7 @@ class Config(Section):
     results: ResultsSection = Field(default_factory=ResultsSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     world: WorldSection = Field(default_factory=WorldSection)
+    study: StudySection = Field(default_factory=StudySection)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -36,6 +36,8 @@ class RunSummary:
     largest_gap_nats: float
     skipped_steps: int
     bottleneck: str
+    trainer_wait_share: float  # of the wall time of all training steps
+    rollout_tokens_per_cpu_s: float | None  # of the rollout processes while they sample
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -346,7 +348,7 @@ class Launch:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
         from raydistill.checkpoint import read_description
         from raydistill.results.record import read_spans
-        from raydistill.results.timeline import bottleneck
+        from raydistill.results.timeline import bottleneck, stage_times
 
         start, config = time.time(), self._config
         version = keeper.best_version if keeper.best_version is not None else config.trainer.num_steps
@@ -358,7 +360,9 @@ class Launch:
             raise RunError(f"export {export} has codes {codes_hash}, version {version} was trained with {trained}")
         record.artifact("checkpoint", checkpoint)
         record.artifact("export", export)
-        line = bottleneck(read_spans(self._folder))
+        spans = read_spans(self._folder)
+        line, times = bottleneck(spans), stage_times(spans)
+        rate = await self._pools.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None  # type: ignore[union-attr]
         self._console.print(line, style="dim")
         self._seconds["export"] = time.time() - start
         metrics = next((e.metrics for e in outcome.evaluations if e.version == version), {})
@@ -372,5 +376,7 @@ class Launch:
             largest_gap_nats=outcome.largest_gap_nats,
             skipped_steps=outcome.skipped,
             bottleneck=line,
+            trainer_wait_share=times["trainer"].wait_share,
+            rollout_tokens_per_cpu_s=rate,
             seconds=dict(self._seconds),
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raydistill.demo.world import World
 
 
 def world_folder(config: Config) -> Path:
@@ -21,21 +25,26 @@ def resolve_world(config: Config, console: Console) -> Config:
 
     The student starts from the teacher's own weights, and fields that the user set himself stay.
     """
-    if config.world.name == "none":
-        return config
+    return config if config.world.name == "none" else with_world(config, build_world(config, console))
+
+
+def build_world(config: Config, console: Console) -> World:
+    """Make the world that the config names, or find it where an earlier run left it."""
     from raydistill.demo.world import QUESTIONS_RECIPE, STORIES_RECIPE, prepare_question_answers, prepare_stories
 
     folder = world_folder(config)
     if config.world.name == "stories":
-        world = prepare_stories(folder, _recipe(STORIES_RECIPE, config), console=console)
-    else:
-        train, test = config.world.train_path, config.world.test_path
-        if train is None or test is None:
-            raise ConfigError(
-                "world.name='question_answers' needs world.train_path and world.test_path: JSONL files of "
-                "{question, answer} rows"
-            )
-        world = prepare_question_answers(folder, train, test, _recipe(QUESTIONS_RECIPE, config), console=console)
+        return prepare_stories(folder, _recipe(STORIES_RECIPE, config), console=console)
+    train, test = config.world.train_path, config.world.test_path
+    if train is None or test is None:
+        raise ConfigError(
+            "world.name='question_answers' needs world.train_path and world.test_path: JSONL files of {question, answer} rows"
+        )
+    return prepare_question_answers(folder, train, test, _recipe(QUESTIONS_RECIPE, config), console=console)
+
+
+def with_world(config: Config, world: World) -> Config:
+    """The config with the world's folders and files in every field that is not set."""
     teacher = str(world.teacher_folder)
     data = {"path": config.data.path or world.train_path, "eval_path": config.data.eval_path or world.validation_path}
     return config.model_copy(
@@ -47,11 +56,9 @@ def resolve_world(config: Config, console: Console) -> Config:
     )
 
 
-def _recipe(base: object, config: Config) -> object:
-    from dataclasses import replace
-
-    known = {f.name for f in fields(base)}  # type: ignore[arg-type]
+def _recipe(base: Any, config: Config) -> Any:
+    known = {f.name for f in fields(base)}
     for name in config.world.recipe:
         if name not in known:
             raise ConfigError(f"world.recipe has no setting {name!r}; it has {', '.join(sorted(known))}")
-    return replace(base, **config.world.recipe)  # type: ignore[type-var]
+    return replace(base, **config.world.recipe)

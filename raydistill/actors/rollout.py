@@ -60,6 +60,7 @@ class RolloutActor:
         """Build the engine (tests hand one in) and name the class that really runs."""
         self._spec = spec
         self._version = -1
+        self._sampled_tokens, self._sampling_cpu_s = 0, 0.0
         if engine is not None:
             self._engine = engine
         elif spec.rollout.engine == "vllm":
@@ -123,8 +124,9 @@ class RolloutActor:
             policy_versions=(self._version,) * len(completions),
             finish_reasons=tuple(c.finish_reason for c in completions),
         )
-        self._sampling_cpu_s += time.process_time() - cpu_start
-        self._sampled_tokens += samples.completions.num_tokens
+        if batch.step >= 0:  # held-out answers come in larger batches and would flatter the rate
+            self._sampling_cpu_s += time.process_time() - cpu_start
+            self._sampled_tokens += samples.completions.num_tokens
         report = StageReport(
             step=batch.step,
             num_sequences=len(samples),
@@ -135,5 +137,5 @@ class RolloutActor:
         return report, *(samples.take(rows) for rows in parts)
 
     def tokens_per_cpu_second(self) -> float:
-        """Tokens sampled per CPU-second this process spent while sampling."""
+        """Training tokens sampled in this run per CPU-second this process spent sampling them."""
         return self._sampled_tokens / self._sampling_cpu_s if self._sampling_cpu_s else 0.0

@@ -7,17 +7,16 @@ as it is; any other world there is replaced. Building happens beside the folder,
 world that exists is complete. One process builds at a time; a second one waits and then finds it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 
 from raydistill.demo.pretrain import TeacherRecipe, TeacherReport, train_language_model
@@ -109,7 +108,8 @@ def _prepare(
     progress: StepProgress | None,
 ) -> World:
     folder = Path(folder).absolute()
-    with _one_builder(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if (world := find_world(folder, fingerprint)) is not None:
             announce(console, f"Using the world in {folder}")
             return world
@@ -176,15 +176,11 @@ def _world_in(folder: Path, report: TeacherReport, cached: bool) -> World:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Never delete what is not a world."""
-    if folder.exists() and not (folder.is_dir() and ((folder / NOTE).exists() or not any(folder.iterdir()))):
-        raise UserError(f"{folder} exists and is not a world made by raydistill: choose another folder or empty it")
-
-
-@contextmanager
-def _one_builder(folder: Path) -> Iterator[None]:
-    """Holds a lock beside the folder; the system lets go of it when the process ends, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Never delete what is not part of a world."""
+    parts = {"teacher", "train.jsonl", "validation.jsonl", "test.jsonl", NOTE}
+    foreign = [path.name for path in folder.iterdir() if path.name not in parts] if folder.is_dir() else []
+    if foreign or (folder.exists() and not folder.is_dir()):
+        raise UserError(
+            f"{folder} holds things that are no part of a world ({', '.join(sorted(foreign)[:3]) or 'it is a file'}) and "
+            f"building one would replace them: choose another folder or move them away"
+        )

@@ -12,7 +12,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from raydistill.errors import QuantError
 from raydistill.quant.baselines import apply_ptq, ptq_grids
 from raydistill.quant.formats import BITS, WeightFormat, format_from_dict
-from raydistill.quant.integer import QuantizedWeight, dequantize, fake_quantize, quantize
+from raydistill.quant.integer import FACTORS, QuantizedWeight, dequantize, fake_quantize, quantize
 
 ALL_FORMATS = [
     WeightFormat(bits=bits, group_size=group, symmetric=symmetric, scale=scale)
@@ -80,7 +80,7 @@ def test_int2_asymmetric_by_hand() -> None:
 def test_searched_scale_by_hand_shrinks_a_range_that_one_outlier_stretched() -> None:
     fmt = WeightFormat(bits=2, group_size=None, symmetric=True, scale="searched", scale_dtype="float32")
     weight = torch.tensor([[1.0] * 15 + [2.0]])
-    best = min((0.3 + 0.035 * i for i in range(21)), key=lambda f: 15 * (1 - f * 4 / 3) ** 2 + (2 - f * 4 / 3) ** 2)
+    best = min(FACTORS, key=lambda f: 15 * (1 - f * 4 / 3) ** 2 + (2 - f * 4 / 3) ** 2)
     assert quantize(weight, fmt).scale_OG.item() == pytest.approx(best * 2 / 1.5, rel=1e-6)
 
 

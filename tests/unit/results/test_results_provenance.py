@@ -68,7 +68,8 @@ def test_collect_names_neither_host_nor_user() -> None:
 
 def test_versions_hold_installed_packages_only() -> None:
     versions = package_versions()
-    assert versions["torch"] and "not-a-package" not in versions
+    assert versions["torch"]
+    assert "not-a-package" not in versions
 
 
 def test_git_state_is_none_outside_a_repository(tmp_path: Path) -> None:
@@ -87,10 +88,13 @@ def test_git_state_tells_a_changed_tree(tmp_path: Path) -> None:
     _git(tmp_path, "add", ".")
     _git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "first")
     clean = git_state(tmp_path)
-    assert clean is not None and len(clean["revision"]) == 40 and clean["is_dirty"] is False
+    assert clean is not None
+    assert len(clean["revision"]) == 40
+    assert clean["is_dirty"] is False
     (tmp_path / "__init__.py").write_text("changed = 1\n")
     changed = git_state(tmp_path)
-    assert changed is not None and changed["is_dirty"] is True
+    assert changed is not None
+    assert changed["is_dirty"] is True
 
 
 def _git(folder: Path, *arguments: str) -> None:

@@ -64,7 +64,8 @@ def test_record_reads_back_what_was_written(tmp_path: Path) -> None:
     assert [line["kind"] for line in lines] == [
         "start", "step", "spans", "evaluation", "sync", "warning", "table", "artifact", "end"
     ]  # fmt: skip
-    assert lines[0]["config"] == {"trainer": {"num_steps": 3}} and lines[0]["seed"] == 7
+    assert lines[0]["config"] == {"trainer": {"num_steps": 3}}
+    assert lines[0]["seed"] == 7
     assert len(lines[0]["record_id"]) == 32
     assert lines[4]["gap_p99_nats"] is None
     assert read_spans(tmp_path) == [span(0), span(1, "evaluate")]
@@ -81,8 +82,11 @@ def test_numbers_that_are_not_finite_survive_and_the_file_is_strict_json(tmp_pat
     for raw in record.path.read_text().splitlines():
         json.loads(raw, parse_constant=refuse)
     metrics = list(read_record(tmp_path))[-1]["metrics"]
-    assert math.isnan(metrics["a"]) and metrics["b"] == math.inf and metrics["c"] == -math.inf
-    assert metrics["d"] == 0.5 and metrics["e"] == 3
+    assert math.isnan(metrics["a"])
+    assert metrics["b"] == math.inf
+    assert metrics["c"] == -math.inf
+    assert metrics["d"] == 0.5
+    assert metrics["e"] == 3
 
 
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
@@ -99,7 +103,8 @@ def test_a_torn_last_line_is_as_if_never_written(tmp_path: Path, torn: bytes) ->
         file.write(torn)
     assert kinds(tmp_path) == ["start", "step"]
     again = RunRecord(tmp_path)
-    assert again.is_started and again.last_step == 0
+    assert again.is_started
+    assert again.last_step == 0
     again.step(1, {"m": 2.0})
     assert kinds(tmp_path) == ["start", "step", "step"]
 
@@ -107,7 +112,8 @@ def test_a_torn_last_line_is_as_if_never_written(tmp_path: Path, torn: bytes) ->
 def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     (tmp_path / "record.jsonl").write_bytes(b"x" * 200_000)
     record = RunRecord(tmp_path)
-    assert not record.is_started and record.path.stat().st_size == 0
+    assert not record.is_started
+    assert record.path.stat().st_size == 0
 
 
 def test_a_folder_without_record_reads_as_nothing(tmp_path: Path) -> None:
@@ -131,8 +137,11 @@ def test_cut_back_forgets_what_the_resumed_run_does_again(tmp_path: Path) -> Non
     assert [line["version"] for line in lines if line["kind"] == "evaluation"] == [2]
     assert [line["version"] for line in lines if line["kind"] == "sync"] == [1]
     assert [line["text"] for line in lines if line["kind"] == "warning"] == ["an actor died"]
-    assert lines[0]["kind"] == "start" and lines[-1]["kind"] == "resume" and "end" not in kinds(tmp_path)
-    assert record.is_started and record.last_step == 1
+    assert lines[0]["kind"] == "start"
+    assert lines[-1]["kind"] == "resume"
+    assert "end" not in kinds(tmp_path)
+    assert record.is_started
+    assert record.last_step == 1
     record.step(2, {"m": 2.0})
     assert not record.evaluation(evaluation(2, kl=9.0)), "an evaluation that is kept is not repeated"
     assert record.evaluation(evaluation(4))
@@ -207,7 +216,8 @@ def test_a_run_folder_that_is_a_file_is_a_run_error(tmp_path: Path) -> None:
 def test_lines_of_several_threads_do_not_mix(tmp_path: Path) -> None:
     record = started(tmp_path)
     threads = [
-        threading.Thread(target=lambda k=k: [record.step(k * 100 + i, {"m": 1.0}) for i in range(100)]) for k in range(4)
+        threading.Thread(target=lambda k=k: [record.step(k * 100 + i, {"m": 1.0}) for i in range(100)])
+        for k in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -223,4 +233,5 @@ def test_secrets_do_not_reach_the_file(tmp_path: Path) -> None:
     record.warning("cannot reach postgresql://me:hunter2@db/x")
     record.end("failed", "login with token=abc123 refused")
     text = record.path.read_text()
-    assert "hunter2" not in text and "abc123" not in text
+    assert "hunter2" not in text
+    assert "abc123" not in text

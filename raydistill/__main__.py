@@ -1,0 +1,57 @@
+"""`raydistill VERB ...`: thin verbs over functions that can be called from Python. Heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from raydistill import __version__
+from raydistill.cli import main_with_errors
+from raydistill.errors import ConfigError
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    "demo": ("raydistill.study", "demo_command", "the whole system on a world that needs no download"),
+    "train": ("raydistill.train", "train_command", "distil a student as a config says"),
+    "evaluate": ("raydistill.evaluate.command", "evaluate_command", "score exported students, runs and models"),
+    "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
+    "config": ("raydistill.cli", "config_command", "show, check and explain settings"),
+}
+
+
+def help_text() -> str:
+    """What `raydistill --help` prints."""
+    verbs = "\n".join(f"  {verb:10} {text}" for verb, (_, _, text) in VERBS.items())
+    return (
+        f"raydistill {__version__}: distil a full-precision teacher into a quantized student that is ready to serve.\n\n"
+        f"usage: raydistill VERB ...\n\nverbs:\n{verbs}\n\n"
+        "`raydistill VERB --help` teaches each one; `raydistill demo` is the place to start."
+    )
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one verb."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(argv[0], VERBS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(VERBS)}"
+        raise ConfigError(f"raydistill has no verb {argv[0]!r}{hint}")
+    module, function, _ = VERBS[argv[0]]
+    command: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+    return command(argv[1:])
+
+
+def main() -> int:
+    """The console script."""
+    return main_with_errors(dispatch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

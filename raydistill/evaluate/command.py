@@ -1,0 +1,173 @@
+"""The verb `raydistill evaluate`: one comparison table of finished models, measured on the same held-out rows.
+
+The table goes to stdout (with `--json` as pure JSON), progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from raydistill.cli import PIPE_WIDTH, command_parser, console, print_table
+from raydistill.config import DataSection
+from raydistill.errors import DataError, ModelError, UserError
+from raydistill.evaluate.rows import HeldOutRows, encode_held_out, file_section, rows_of_file, rows_of_run
+from raydistill.evaluate.targets import RunDefaults, Target, find_targets
+from raydistill.results.tables import SummaryRow, comparison_json, comparison_table
+
+if TYPE_CHECKING:
+    from raydistill.evaluate.folders import ExactMatch
+
+DEFAULT_NEW_TOKENS = 128
+SUMMARY = """\
+Measure finished models against their teacher, each loaded from its folder as it would be shipped: KL to the teacher
+(nats per completion token), perplexity of the reference completions, exact match of greedy answers, size in bytes.
+
+A TARGET is an exported student, any transformers model folder, or a run's folder (outputs/runs/NAME), whose export is
+measured and whose record says what the teacher and the held-out rows are. name=FOLDER gives it a name in the table.
+The teacher's row is measured like any other: its KL is 0 if all is well."""
+EXAMPLES = """\
+examples:
+  raydistill evaluate outputs/runs/int2
+        a finished run: its student against its teacher, on the rows it held out
+  raydistill evaluate ptq=outputs/ptq-int2 student=outputs/runs/int2 --exact-match final_number
+        the same beside another folder, with greedy answers compared by the number after ####
+  raydistill evaluate exports/int4 --teacher models/qwen3-4b --data test.jsonl --rows 1000
+        any folders on any rows: JSONL with {messages: [...]} or {question/prompt, answer}
+  raydistill evaluate outputs/runs/* --json > table.json
+        for a program: a JSON list with one object for each model
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a comparison needs, resolved from arguments and records before anything heavy is imported."""
+
+    targets: list[Target]
+    teacher: str
+    rows: HeldOutRows
+    section: DataSection | None  # the run's rules for its rows; None for a file of its own
+    exact_match: ExactMatch
+    max_new_tokens: int
+
+
+def evaluate_command(argv: Sequence[str]) -> int:
+    """Run the verb; returns the exit code."""
+    switches = _parser().parse_args(list(argv))
+    plan = make_plan(switches)
+    with _progress() as say:
+        rows = run_plan(plan, say)
+    if switches.json:
+        print_table(comparison_json(rows), [field.name for field in fields(SummaryRow)], json=True)
+    else:
+        out = Console(highlight=False)
+        if not out.is_terminal:
+            out.width = PIPE_WIDTH
+        out.print(comparison_table(rows))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("evaluate", SUMMARY, EXAMPLES, takes_config=False)
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="a model's or a run's folder, or name=FOLDER")
+    parser.add_argument("--teacher", metavar="FOLDER", help="what KL is measured against (default: the run's teacher)")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="JSONL of rows to measure on (default: those the run held out)"
+    )
+    parser.add_argument("--rows", type=_positive, metavar="N", help="measure on at most N rows, the same N every time")
+    parser.add_argument(
+        "--exact-match",
+        choices=("off", "final_number"),
+        help="generate answers and compare the number after #### (default: as the run did, else off)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="an answer is cut here (default: as the run did, else 128)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON on stdout")
+    return parser
+
+
+def make_plan(switches: argparse.Namespace) -> Plan:
+    """Switches first, then what the runs among the targets recorded; a UserError for what is still missing."""
+    targets, runs = find_targets(switches.targets)
+    section = _agreed(runs, lambda run: run.data, "held-out rows", "--data FILE") if switches.data is None else None
+    if switches.data is not None:
+        rows = rows_of_file(switches.data, switches.rows)
+    elif section is not None:
+        rows = rows_of_run(section, switches.rows)
+    else:
+        raise DataError("no rows to measure on: give --data FILE (a run's folder as TARGET brings its own)")
+    teacher = switches.teacher or _agreed(runs, lambda run: run.teacher, "teachers", "--teacher FOLDER")
+    if teacher is None:
+        raise ModelError("no teacher to compare with: give --teacher FOLDER (a run's folder as TARGET brings its own)")
+    evaluation = runs[0].evaluation if runs else None
+    return Plan(
+        targets=targets,
+        teacher=teacher,
+        rows=rows,
+        section=section,
+        exact_match=switches.exact_match or (evaluation.exact_match if evaluation else "off"),
+        max_new_tokens=switches.max_new_tokens or (evaluation.max_new_tokens if evaluation else DEFAULT_NEW_TOKENS),
+    )
+
+
+def run_plan(plan: Plan, say: Callable[[str], None]) -> list[SummaryRow]:
+    """Load and measure."""
+    say("loading")
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from raydistill.evaluate.folders import evaluate_folders
+    from raydistill.models import eos_ids
+    from raydistill.quant.export_files import model_folder
+
+    disable_progress_bar()
+    teacher = model_folder(plan.teacher)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        config = AutoConfig.from_pretrained(teacher).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"teacher {teacher} cannot be read as a model with a tokenizer: {reason}") from error
+    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    section = plan.section or file_section(positions)
+    stop_ids = eos_ids(teacher, tokenizer)
+    examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids)
+    console.print(summary, style="dim")
+    return evaluate_folders(
+        plan.targets, teacher, examples, tokenizer, plan.exact_match, plan.max_new_tokens, progress=say
+    )
+
+
+def _agreed(runs: Sequence[RunDefaults], read: Callable[[RunDefaults], Any], what: str, switch: str) -> Any:
+    """What all runs recorded; None without runs, a UserError where they differ."""
+    for run in runs[1:]:
+        if read(run) != read(runs[0]):
+            raise UserError(f"runs {runs[0].run} and {run.run} have different {what}; say which to use with {switch}")
+    return read(runs[0]) if runs else None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line that changes on a terminal, plain lines elsewhere; on stderr."""
+    if not console.is_terminal:
+        yield lambda text: console.print(text, style="dim")
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number

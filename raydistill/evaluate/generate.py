@@ -1,0 +1,131 @@
+"""Exact match of greedy answers: left-padded batches through transformers' `generate`, rows of like length together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydistill.data.collate import micro_batches, pad_rows
+from raydistill.data.encode import Example
+from raydistill.demo.answers import exact_match, final_number
+from raydistill.errors import DataError, ModelError
+
+BATCH_TOKENS = 16_384
+"""Prompt and new tokens (padding counted) of one batch: 128 short rows; 2 GB of key-value cache at 8 B parameters."""
+
+OnBatch = Callable[[int], None]
+Ids = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchScore:
+    """How many answers were right."""
+
+    num_hits: int
+    num_rows: int
+
+    @property
+    def share(self) -> float:
+        return self.num_hits / self.num_rows
+
+    @property
+    def standard_error(self) -> float:
+        """Of the share, as that of a binomial proportion."""
+        return math.sqrt(self.share * (1 - self.share) / self.num_rows)
+
+
+def match_answers(pairs: Iterable[tuple[Ids, Ids]], tokenizer: Any) -> MatchScore:
+    """Compare (answer ids, reference ids) by the final number that each text marks."""
+    hits = [exact_match(_text(tokenizer, answer), _text(tokenizer, truth)) for answer, truth in pairs]
+    assert hits, "there is no answer to compare"
+    return MatchScore(num_hits=sum(hits), num_rows=len(hits))
+
+
+def require_final_numbers(examples: Sequence[Example], tokenizer: Any) -> None:
+    """DataError unless the references mark a final number: without one every answer would count as wrong."""
+    without = [e.row_id for e in examples if final_number(_text(tokenizer, e.reference_ids)) is None]
+    if without:
+        raise DataError(
+            f"exact match compares the number after '####', but {len(without)} of {len(examples)} references mark none "
+            f"(first {without[0]}); choose rows that do, or measure without exact match"
+        )
+
+
+def score_exact_match(
+    model: Any,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    on_batch: OnBatch | None = None,
+) -> MatchScore:
+    """Answer every example greedily and compare final numbers."""
+    prompts = [example.prompt_ids for example in examples]
+    answers = greedy_completions(model, prompts, eos_ids, max_new_tokens, on_batch=on_batch)
+    references = [example.reference_ids for example in examples]
+    return match_answers(zip(answers, references, strict=True), tokenizer)
+
+
+@torch.inference_mode()
+def greedy_completions(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
+    on_batch: OnBatch | None = None,
+) -> list[list[int]]:
+    """The most likely next tokens up to and including the first of `eos_ids`, in the order of `prompts`.
+
+    A batch ends when its last row has ended. on_batch: called with the number of finished rows.
+
+    Property tested: an answer does not depend on the batch it was in.
+    """
+    if not eos_ids:
+        raise ModelError("no end-of-sequence id is known, so no answer would end; set eos_token in the tokenizer")
+    answers: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    with _greedy_settings(model, eos_ids, max_new_tokens):
+        for rows in micro_batches([prompt.size + max_new_tokens for prompt in prompts], batch_tokens):
+            ids, mask = pad_rows([prompts[row] for row in rows], eos_ids[0], side="left")
+            output = model.generate(
+                input_ids=torch.from_numpy(ids).long().to(model.device),
+                attention_mask=torch.from_numpy(mask).long().to(model.device),
+            )
+            for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                answers[row] = _cut(new, eos_ids)
+            done += len(rows)
+            if on_batch is not None:
+                on_batch(done)
+    return answers
+
+
+@contextmanager
+def _greedy_settings(model: Any, eos_ids: Sequence[int], max_new_tokens: int) -> Iterator[None]:
+    """Plain greedy search. `generate` fills what is not given from the model's own settings (a repetition penalty, for
+    example), which would not be the model's most likely token: so these are replaced for the time."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=eos_ids[0]
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(row) if token in eos_ids), len(row))
+    return row[: end + 1]
+
+
+def _text(tokenizer: Any, ids: Ids) -> str:
+    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))

@@ -1,0 +1,186 @@
+"""Forward KL to the teacher and cross-entropy on held-out completions, as sums over tokens that add up exactly.
+
+The teacher's answers come in one of two forms. A teacher actor sends `TeacherTarget` messages, dense or top-K
+(`score_targets`). A teacher in the same process leaves its final hidden states (`answer_held_out`), from which its head
+gives the log-probs of the whole vocabulary a few rows at a time: exact, at a few KB per token (`score_answers`).
+
+Shape letters: N completion tokens (flattened), H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydistill.data.collate import micro_batches
+from raydistill.data.encode import Example
+from raydistill.data.schedule import held_out_references
+from raydistill.errors import DataError
+from raydistill.losses.divergence import kl
+from raydistill.losses.logsumexp import rows_per_chunk
+from raydistill.losses.targets import dense_classes, tail_classes
+from raydistill.messages import Samples, Scored
+from raydistill.tensors import CompletionModel, DenseTensors, SequenceBatch, TopKTensors, target_tensors
+
+BATCH_TOKENS = 4096
+"""Tokens (padding counted) of one forward pass; larger ones leave a CPU's cache and gain nothing on a GPU."""
+
+MOST_NATS = 80.0  # exp of more leaves the range that a reader or a plot can use
+
+KlOfRows = Callable[[Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutScore:
+    """Sums over completion tokens; scores of parts add up to the score of the whole."""
+
+    kl_sum: float | None  # nats; None where no teacher answered
+    cross_entropy_sum: float  # nats, of the reference completions
+    num_tokens: int
+
+    @property
+    def kl_nats(self) -> float | None:
+        """KL(teacher || student) per completion token."""
+        return None if self.kl_sum is None else self.kl_sum / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Of the reference completions."""
+        return math.exp(min(self.cross_entropy_sum / self.num_tokens, MOST_NATS))
+
+    def __add__(self, other: HeldOutScore) -> HeldOutScore:
+        has_teacher = self.kl_sum is not None and other.kl_sum is not None
+        return HeldOutScore(
+            kl_sum=(self.kl_sum or 0.0) + (other.kl_sum or 0.0) if has_teacher else None,
+            cross_entropy_sum=self.cross_entropy_sum + other.cross_entropy_sum,
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredBatch:
+    """Some held-out references and the teacher's final hidden state at the position before each completion token."""
+
+    samples: Samples
+    hidden_NH: Tensor  # on the host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherAnswers:
+    """What a teacher in this process says about the held-out rows, while the weights of its `head` stay the same."""
+
+    batches: tuple[AnsweredBatch, ...]
+    head: Callable[[Tensor], Tensor]  # [N, H] -> [N, V] logits
+
+
+@torch.inference_mode()
+def answer_held_out(
+    teacher: CompletionModel, examples: Sequence[Example], batch_tokens: int = BATCH_TOKENS
+) -> TeacherAnswers:
+    """Run the teacher once over the examples that have a reference; DataError if none has."""
+    references = held_out_references(examples)
+    if references is None:
+        raise DataError(
+            f"none of the {len(examples)} held-out rows has a reference completion; KL and perplexity are measured on "
+            "those: give rows with an answer"
+        )
+    device = next(teacher.parameters()).device
+    lengths = references.prompts.lengths_B + references.completions.lengths_B
+    parts = [references.take(rows) for rows in micro_batches(lengths, batch_tokens)]
+    batches = [
+        AnsweredBatch(samples=part, hidden_NH=teacher.hidden(SequenceBatch.of_samples(part, device)).cpu())
+        for part in parts
+    ]
+    return TeacherAnswers(batches=tuple(batches), head=teacher.logits)
+
+
+@torch.inference_mode()
+def score_answers(student: CompletionModel, answers: TeacherAnswers) -> HeldOutScore:
+    """KL over the whole vocabulary and cross-entropy of the student.
+
+    Ids that only one of the two models has are padding: both sides are cut to the shared ones (`dense_classes`).
+
+    Property tested: 0 for the teacher itself, otherwise equal to a float64 sum over all tokens.
+    """
+    return _sum([_score_against_hidden(student, batch, answers.head) for batch in answers.batches])
+
+
+@torch.inference_mode()
+def score_targets(student: CompletionModel, scored: Sequence[Scored], temperature: float = 1.0) -> HeldOutScore:
+    """The same with the teacher's answers as messages, one batch for each; top-K answers keep the tail as one class.
+
+    temperature: the one at which the teacher answered.
+    """
+    return _sum([_score_against_target(student, batch, temperature) for batch in scored])
+
+
+def target_kl(logits_NV: Tensor, target: DenseTensors | TopKTensors, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) per token: [N, V] -> [N] float32 nats, whatever divergence the run trains on."""
+    if isinstance(target, DenseTensors):
+        return kl(*dense_classes(logits_NV, target.logprobs_NV, temperature))
+    return kl(*tail_classes(logits_NV, target, temperature))
+
+
+def _score_against_hidden(
+    student: CompletionModel, batch: AnsweredBatch, head: Callable[[Tensor], Tensor]
+) -> HeldOutScore:
+    device = next(student.parameters()).device
+    hidden_NH = batch.hidden_NH.to(device)
+
+    def kl_of_rows(logits_NV: Tensor, rows: slice) -> Tensor:
+        teacher_NV = head(hidden_NH[rows]).log_softmax(-1, dtype=torch.float32)
+        return target_kl(logits_NV, DenseTensors(logprobs_NV=teacher_NV))
+
+    return _score(student, batch.samples, kl_of_rows)
+
+
+def _score_against_target(student: CompletionModel, batch: Scored, temperature: float) -> HeldOutScore:
+    if batch.target is None:
+        return _score(student, batch.samples, None)
+    target = target_tensors(batch.target, next(student.parameters()).device)
+
+    def kl_of_rows(logits_NV: Tensor, rows: slice) -> Tensor:
+        return target_kl(logits_NV, _rows_of(target, rows), temperature)
+
+    return _score(student, batch.samples, kl_of_rows)
+
+
+def _rows_of(target: DenseTensors | TopKTensors, rows: slice) -> DenseTensors | TopKTensors:
+    if isinstance(target, DenseTensors):
+        return DenseTensors(logprobs_NV=target.logprobs_NV[rows])
+    return TopKTensors(
+        ids_NK=target.ids_NK[rows], logprobs_NK=target.logprobs_NK[rows], tail_logprob_N=target.tail_logprob_N[rows]
+    )
+
+
+def _score(student: CompletionModel, samples: Samples, kl_of_rows: KlOfRows | None) -> HeldOutScore:
+    """One batch; logits exist for a few rows at a time. Sums are taken in float64."""
+    device = next(student.parameters()).device
+    hidden_NH = student.hidden(SequenceBatch.of_samples(samples, device))
+    ids_N = torch.from_numpy(samples.completions.ids_T.copy()).long().to(device)
+    step = rows_per_chunk(student.model.get_output_embeddings().weight.shape[0])
+    kl_sum = cross_entropy_sum = 0.0
+    for start in range(0, ids_N.numel(), step):
+        rows = slice(start, start + step)
+        logits_NV = student.logits(hidden_NH[rows])
+        losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), ids_N[rows], reduction="none")
+        cross_entropy_sum += float(losses_N.double().sum())
+        if kl_of_rows is not None:
+            kl_sum += float(kl_of_rows(logits_NV, rows).double().sum())
+    return HeldOutScore(
+        kl_sum=None if kl_of_rows is None else kl_sum,
+        cross_entropy_sum=cross_entropy_sum,
+        num_tokens=ids_N.numel(),
+    )
+
+
+def _sum(scores: Sequence[HeldOutScore]) -> HeldOutScore:
+    assert scores, "there is no held-out batch to score"
+    total = scores[0]
+    for score in scores[1:]:
+        total += score
+    return total

@@ -1,0 +1,112 @@
+"""What the command line names: folders of models, run folders, and what a run's record says about its own evaluation.
+
+Light: no torch here, so that a wrong path is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from raydistill.config import DataSection, EvaluationSection
+from raydistill.errors import ModelError, UserError
+from raydistill.results.record_lines import RECORD_FILE, read_record
+from raydistill.results.tables import Role
+
+EXPORT_FOLDER = "export"
+"""Where a run leaves its student, inside the run's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model to evaluate: an exported student or any transformers folder."""
+
+    name: str
+    folder: Path
+    role: Role | None = None  # None: what the folder itself says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDefaults:
+    """How a run evaluated its student, from its record."""
+
+    run: str
+    teacher: str | None
+    data: DataSection
+    evaluation: EvaluationSection
+
+
+def find_targets(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]:
+    """The models that `FOLDER` or `name=FOLDER` arguments name, and the records of those that are runs."""
+    targets: list[Target] = []
+    runs: list[RunDefaults] = []
+    for text in texts:
+        name, path = _split(text)
+        run = _run_of(path)
+        folder = path / EXPORT_FOLDER if run == path else path
+        _check_model(path, folder)
+        targets.append(Target(name or (run or folder).absolute().name, folder))
+        if run is not None and (defaults := _read_defaults(run)) is not None:
+            runs.append(defaults)
+    names = [target.name for target in targets]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        folder = targets[names.index(twice)].folder
+        raise UserError(f"two targets are called {twice!r}; name them apart, as in first={folder}")
+    return targets, runs
+
+
+def _split(text: str) -> tuple[str | None, Path]:
+    name, equals, folder = text.partition("=")
+    if equals and name and not Path(text).exists():
+        return name, Path(folder).expanduser()
+    return None, Path(text).expanduser()
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run's folder if the path is one, or is the export inside one."""
+    for candidate in (path, path.absolute().parent):
+        if (candidate / RECORD_FILE).is_file() and (candidate == path or path.absolute().name == EXPORT_FOLDER):
+            return candidate
+    return None
+
+
+def _check_model(path: Path, folder: Path) -> None:
+    if not path.exists():
+        siblings = [p.name for p in path.absolute().parent.iterdir()] if path.absolute().parent.is_dir() else []
+        near = get_close_matches(path.name, siblings, n=1)
+        offer = f"did you mean {path.parent / near[0]}?" if near else "give a model's folder or a run's"
+        raise ModelError(f"{path} does not exist; {offer}")
+    if folder != path and not folder.is_dir():
+        raise ModelError(f"the run {path} has no {EXPORT_FOLDER}/ folder, so it did not finish; finish it first")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is not a model: it holds no config.json; give an exported student, a transformers folder or a "
+            "run's folder (outputs/runs/NAME)"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} is not a model: it holds no .safetensors file; save it with save_pretrained")
+
+
+def _read_defaults(run: Path) -> RunDefaults | None:
+    start: dict[str, Any] | None = next((line for line in read_record(run) if line["kind"] == "start"), None)
+    if start is None:
+        return None
+    config = start["config"]
+    try:
+        return RunDefaults(
+            run=run.absolute().name,
+            teacher=config["teacher"]["model"] or config["student"]["model"],
+            data=DataSection.model_validate(config["data"]),
+            evaluation=EvaluationSection.model_validate(config["evaluation"]),
+        )
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{run / RECORD_FILE} is of another version of raydistill ({type(error).__name__}); copy its export "
+            "out of the run's folder and evaluate that, with --teacher and --data"
+        ) from error
