@@ -49,7 +49,7 @@ def check_models(config: Config) -> ModelFacts:
         )
     _check_layers(config)
     return ModelFacts(
-        tokenizer=tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(student, tokenizer), max_length=max_length
+        tokenizer=tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids("student.model", student, tokenizer), max_length=max_length
     )
 
 
@@ -111,8 +111,9 @@ def _compare_vocabularies(student: str, tokenizer: Any, teacher: str, other: Any
 
 
 def _compare_eos(student: str, tokenizer: Any, teacher: str, other: Any) -> None:
-    mine, theirs = set(_eos_ids(student, tokenizer)), set(_eos_ids(teacher, other))
-    if mine and theirs and not mine & theirs:
+    mine = set(_eos_ids("student.model", student, tokenizer))
+    theirs = set(_eos_ids("teacher.model", teacher, other))
+    if not mine & theirs:
         names = [t.convert_ids_to_tokens(sorted(ids)) for t, ids in ((tokenizer, mine), (other, theirs))]
         raise ModelError(
             f"student.model ends a text with {names[0]}, teacher.model with {names[1]}: the student would be taught not to "
@@ -121,12 +122,12 @@ def _compare_eos(student: str, tokenizer: Any, teacher: str, other: Any) -> None
         )
 
 
-def _eos_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
+def _eos_ids(field: str, model: str, tokenizer: Any) -> tuple[int, ...]:
     from raydistill.models import eos_ids
 
     ids = eos_ids(model, tokenizer)
     if not ids:
-        raise ModelError(f"student.model={model!r} names no end-of-sequence token; set eos_token in its tokenizer")
+        raise ModelError(f"{field}={model!r} names no end-of-sequence token; set eos_token in its tokenizer")
     return ids
 
 
@@ -136,7 +137,11 @@ def _check_layers(config: Config) -> None:
     from raydistill.quant.student import prepare_student
 
     spec = StudentSpec.of(config)
-    model = empty_model(spec.model, config.student.trust_remote_code)
+    try:
+        model = empty_model(spec.model, config.student.trust_remote_code)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"student.model={spec.model!r} is no causal language model: {reason}") from error
     # Without a format nothing is computed on the empty weights; the group size is checked by hand.
     from raydistill.quant.integer import check_group_size
     from raydistill.quant.student import quantizable_modules

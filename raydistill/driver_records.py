@@ -17,7 +17,6 @@ class DriverRecords:
         self, record: RunRecord, console: Console, num_steps: int, title: str, keeper: CheckpointKeeper
     ) -> None:
         self._record, self._console, self._keeper = record, console, keeper
-        self._newest = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -38,7 +37,6 @@ class DriverRecords:
         self._progress.stop()
 
     def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
-        self._newest = outcome.version
         self._record.step(outcome.step, metrics)
         note = f"loss {metrics.get('trainer/loss', float('nan')):.4f}"
         if "rollout/completion_tokens" in metrics:
@@ -54,7 +52,7 @@ class DriverRecords:
     def evaluation(self, report: EvalReport) -> None:
         self._record.evaluation(report)
         self._record.spans([report.span])
-        self._keeper.evaluated(report.version, report.metrics, last=self._newest)
+        self._keeper.evaluated(report.version, report.metrics)
         numbers = ", ".join(f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se"))
         self._console.print(f"  version {report.version}: {numbers}", style="dim")
 

@@ -212,7 +212,7 @@ class Launch:
         config, start = self._config, time.time()
         if self._pools is None:
             self._pools = make_pools(config)
-        feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000).remote()
+        feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000).remote(config.sync.max_staleness + 2)
         probes = self._probes()
         trainer = TrainerGroup(config, feed, probes, self._folder)
         evaluator = EvaluatorRole(config.evaluation, config.rollout.timeout_s)

@@ -85,14 +85,18 @@ class DistillationLoop:
         if plan.references is not None:
             work += [self._score(step, part) for part in self._roles.reference_parts(plan.references)]
         scoring = [asyncio.ensure_future(coroutine) for coroutine in work]
-        if plan.prompts is not None:
-            assert self._roles.rollouts is not None
-            async for report, parts in self._roles.rollouts.sample(plan.prompts, version):
-                self._reports[step].append(report)
-                scoring += [asyncio.ensure_future(self._score(step, part)) for part in parts]
         by_rank: list[list[Handle]] = [[] for _ in range(self._config.trainer.num_workers)]
-        for rank, scored in await asyncio.gather(*scoring):
-            by_rank[rank].append(scored)
+        try:
+            if plan.prompts is not None:
+                assert self._roles.rollouts is not None
+                async for report, parts in self._roles.rollouts.sample(plan.prompts, version):
+                    self._reports[step].append(report)
+                    scoring += [asyncio.ensure_future(self._score(step, part)) for part in parts]
+            for rank, scored in await asyncio.gather(*scoring):
+                by_rank[rank].append(scored)
+        finally:
+            for task in scoring:
+                task.cancel()
         await self._roles.trainer.offer(step, by_rank)
 
     async def _score(self, step: int, part: Sampled) -> tuple[int, Handle]:
@@ -138,15 +142,16 @@ class DistillationLoop:
 
     def _evaluate(self, tasks: asyncio.TaskGroup, version: int) -> None:
         if self._roles.evaluator is not None and self._config.evaluates(version):
-            tasks.create_task(self._evaluation(version))
+            # The reference is taken now: the trainer lets versions go that are a few steps old.
+            tasks.create_task(self._evaluation(version, self._roles.trainer.weights(version)))
 
-    async def _evaluation(self, version: int) -> None:
+    async def _evaluation(self, version: int, weights: Handle) -> None:
         """The answers are asked for before the next load can be: an actor's calls run in order."""
         assert self._roles.evaluator is not None
         answers: list[Handle] = []
         if self._config.evaluation.exact_match != "off" and self._roles.rollouts is not None:
             answers = await self._roles.rollouts.answer_held_out()
-        report = await self._roles.evaluator.evaluate(self._roles.trainer.weights(version), version, answers)
+        report = await self._roles.evaluator.evaluate(weights, version, answers)
         self._summary.evaluations.append(report)
         self._roles.records.evaluation(report)
 
@@ -170,7 +175,8 @@ class DistillationLoop:
         self._summary.skipped += 1
         self._roles.records.warning(f"step {outcome.step} was skipped: {outcome.skipped}")
         section = self._config.trainer
-        allowed = math.floor(section.max_skipped_fraction * section.num_steps)
+        # 0.29 * 100 is 28.999...: the nudge keeps a whole product whole.
+        allowed = math.floor(section.max_skipped_fraction * section.num_steps + 1e-9)
         if self._summary.skipped > allowed:
             raise RunError(
                 f"{self._summary.skipped} steps were skipped, the last (step {outcome.step}) because {outcome.skipped}; "

@@ -52,6 +52,8 @@ class TokenRows:
 
     def __post_init__(self) -> None:
         check_shapes(self, {"ids_T": np.int32, "lengths_B": np.int32})
+        if (self.lengths_B < 0).any():
+            raise ShapeError(f"lengths_B has the negative length {int(self.lengths_B.min())}")
         if int(self.lengths_B.sum()) != self.ids_T.size:
             raise ShapeError(f"lengths_B sums to {int(self.lengths_B.sum())} but ids_T has {self.ids_T.size} tokens")
 

@@ -43,7 +43,7 @@ class Study:
     def __init__(self, config: Config, console: Console) -> None:
         if config.world.name == "none":
             raise ConfigError("world.name is not set; a demo runs on an embedded world: 'stories' or 'question_answers'")
-        if config.quant.format not in config.study.ptq_formats:
+        if config.quant.format == "none" or config.quant.format not in config.study.ptq_formats:
             raise ConfigError(
                 f"study.ptq_formats={list(config.study.ptq_formats)} leaves out quant.format={config.quant.format!r}, which "
                 "the student is compared with; add it"
@@ -79,21 +79,39 @@ class Study:
 
     def _quantize(self, config: Config, validation: Path) -> tuple[dict[str, Path], Config]:
         """Export the best PTQ of each width; the student trains on the best grid of its own."""
-        from raydistill.evaluate.ptq import export_ptq, search_grid, validation_examples
+        from raydistill.evaluate.ptq import export_ptq, search_grids
+        from raydistill.quant.formats import BITS
 
         teacher = Path(config.teacher.model or "")
-        examples = validation_examples(config.data, teacher, validation, config.study.grid_rows)
         group = None if config.quant.group_size == "channel" else config.quant.group_size
+        choices = search_grids(
+            teacher,
+            [BITS[name] for name in config.study.ptq_formats],
+            group,
+            self._validation_examples(config, validation),
+            scale_dtype=config.quant.scale_dtype,
+            skip=config.quant.skip,
+            dtype=config.student.dtype,
+        )
         folders = {}
         for name in config.study.ptq_formats:
-            choice = search_grid(teacher, int(name.removeprefix("int")), group, examples)
-            folders[f"ptq-{name}"] = self._output / "ptq" / name
-            export_ptq(teacher, choice.best, folders[f"ptq-{name}"])
-            self._console.print(f"best {name} grid: {choice.best.name} ({choice.describe()})", style="dim")
-            if name == config.quant.format:
-                grid = {"symmetric": choice.best.symmetric, "scale": choice.best.scale}
-                config = config.model_copy(update={"quant": config.quant.model_copy(update=grid)})
-        return folders, config
+            choice, folder = choices[BITS[name]], self._output / "ptq" / name
+            export_ptq(teacher, choice.best, folder, skip=config.quant.skip, dtype=config.student.dtype)
+            folders[f"ptq-{name}"] = folder
+            grids = ", ".join(f"{row['format']} {row['kl_nats']:.4f}" for row in choice.rows())
+            self._console.print(f"{name} grids by KL to the teacher on validation rows: {grids}", style="dim")
+        best = choices[BITS[config.quant.format]].best
+        grid = {"symmetric": best.symmetric, "scale": best.scale}
+        return folders, config.model_copy(update={"quant": config.quant.model_copy(update=grid)})
+
+    def _validation_examples(self, config: Config, validation: Path) -> Any:
+        from raydistill.checks import check_models
+        from raydistill.evaluate.rows import encode_held_out, rows_of_file
+
+        facts = check_models(config)
+        rows = rows_of_file(validation, config.study.grid_rows)
+        examples, _ = encode_held_out(rows, facts.tokenizer, config.data, facts.max_length, facts.eos_ids)
+        return examples
 
     def _distil(self, arm: str, config: Config, pools: Pools) -> RunSummary:
         from raydistill.launch import run
@@ -115,14 +133,14 @@ class Study:
         command = [sys.executable, "-m", "raydistill.evaluate"]
         command += [f"{name}={folder}" for name, folder in targets.items()]
         command += ["--teacher", str(targets["teacher"]), "--data", str(test), "--rows", str(config.study.test_rows)]
-        command += ["--max-length", str(config.data.max_length), "--json"]
+        command += ["--json"]
         if config.evaluation.exact_match != "off":
             command += ["--exact-match", config.evaluation.exact_match]
             command += ["--max-new-tokens", str(config.evaluation.max_new_tokens)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RunError(f"the final evaluation failed with exit code {done.returncode}; its command: {' '.join(command)}")
-        return [SummaryRow(**row) for row in json.loads(done.stdout)["rows"]]
+        return [SummaryRow(**row) for row in json.loads(done.stdout)]
 
     def _report(self, config: Config, rows: Sequence[SummaryRow], runs: dict[str, RunSummary]) -> dict[str, Any]:
         """Plots, summary.json, and the words under the table."""

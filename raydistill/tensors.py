@@ -56,8 +56,8 @@ class SequenceBatch:
 
     ids_BT: Tensor  # int64
     mask_BT: Tensor  # int64, 1 on real tokens
-    prompt_lengths_B: Tensor  # int64, on the host
-    completion_lengths_B: Tensor  # int64, on the host
+    prompt_lengths_B: Tensor  # int64
+    completion_lengths_B: Tensor  # int64
 
     @classmethod
     def of(cls, prompts: TokenRows, completions: TokenRows, device: str | torch.device) -> SequenceBatch:

@@ -14,13 +14,14 @@ from typing import Any
 from raydistill.errors import RunError
 from raydistill.messages import StepOutcome, StudentWeights
 
-KEEP_VERSIONS = 3  # a slow engine may still ask for the version before the newest
+KEEP_VERSIONS = 3  # enough for sync.max_staleness = 1; a trainer that may run further ahead needs more
 
 
 class Feed:
     """An asyncio actor: waiting calls do not block one another."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_versions: int = KEEP_VERSIONS) -> None:
+        self._keep_versions = keep_versions
         self._changed = asyncio.Condition()
         self._parts: dict[tuple[int, int], list[Any]] = {}
         self._outcomes: dict[int, StepOutcome] = {}
@@ -58,14 +59,19 @@ class Feed:
         """Rank 0: one version of the student."""
         async with self._changed:
             self._weights[weights.version] = weights
-            for old in sorted(self._weights)[:-KEEP_VERSIONS]:
+            for old in sorted(self._weights)[: -self._keep_versions]:
                 del self._weights[old]
             self._changed.notify_all()
 
     async def weights(self, version: int) -> StudentWeights:
-        """Driver (keeps the reference, never the value): one published version."""
-        weights: StudentWeights = await self._wait(self._weights, version)
-        return weights
+        """Driver (keeps the reference, never the value): one published version; RunError if it was let go."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed is not None or max(self._weights, default=-1) >= version)
+            if version in self._weights:
+                return self._weights[version]
+            if self._closed is not None:
+                raise RunError(f"the feed is closed: {self._closed}")
+            raise RunError(f"version {version} is not kept; the feed holds {sorted(self._weights)}")
 
     async def close(self, reason: str) -> None:
         """Wake everyone who waits with an error: the run is over."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from raydistill.actors.engine import Completion, SamplingSettings
@@ -18,7 +18,7 @@ from raydistill.data.collate import pad_rows
 from raydistill.messages import StudentWeights, TokenRows
 from raydistill.models import StudentSpec, build_student, default_device
 from raydistill.quant.hashing import hash_codes, hash_tensors
-from raydistill.quant.student import load_adapter_state, student_codes
+from raydistill.quant.student import adapter_state, load_adapter_state, student_codes
 from raydistill.tensors import CompletionModel, score_rows
 
 
@@ -49,13 +49,15 @@ class HfEngine:
         self._model = build_student(spec, self._device).eval()
         self._completions = CompletionModel(self._model)
         self._eos_ids = list(eos_ids)
+        # `generate` fills in what a call leaves open, a repetition penalty for example: not the policy that is trained.
+        self._model.generation_config = GenerationConfig()
 
     def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
         """See `Engine.load`."""
         state = {name: torch.from_numpy(array.copy()) for name, array in weights.tensors.items()}
         load_adapter_state(self._model, state)
         codes = student_codes(self._model) if want_codes else {}
-        return hash_tensors(state), hash_codes(codes) if codes else None
+        return hash_tensors(adapter_state(self._model)), hash_codes(codes) if codes else None
 
     @torch.inference_mode()
     def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:

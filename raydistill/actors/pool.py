@@ -19,7 +19,8 @@ from raydistill.errors import RunError
 
 log = logging.getLogger(__name__)
 Actor = TypeVar("Actor")
-MAX_REPLACEMENTS = 20  # per pool and run; a pool that needs more has a cause that restarting does not cure
+MAX_REPLACEMENTS = 20  # of one pool; a pool that needs more has a cause that restarting does not cure
+DEATHS = (RayActorError, GetTimeoutError, TimeoutError)
 
 
 class ActorPool(Generic[Actor]):
@@ -38,6 +39,7 @@ class ActorPool(Generic[Actor]):
         self._load = [0] * size  # tokens handed out and not answered yet
         self._locks = [asyncio.Lock() for _ in range(size)]
         self._replacements = 0
+        self._is_shut_down = False
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -55,7 +57,7 @@ class ActorPool(Generic[Actor]):
             actor = self._actors[index]
             try:
                 return await self._within(getattr(actor, method).remote(*args))
-            except (RayActorError, GetTimeoutError, TimeoutError) as error:
+            except DEATHS as error:
                 await self._replace(index, actor, error)
 
     async def work(self, weight: int, num_objects: int, method: str, *args: Any, index: int | None = None) -> list[Any]:
@@ -71,7 +73,7 @@ class ActorPool(Generic[Actor]):
                 refs = getattr(actor, method).options(num_returns=1 + num_objects).remote(*args)
                 report = await self._within(refs[0])
                 return [report, *refs[1:]]
-            except (RayActorError, GetTimeoutError, TimeoutError) as error:
+            except DEATHS as error:
                 await self._replace(chosen, actor, error)
             finally:
                 self._load[chosen] -= weight
@@ -83,20 +85,33 @@ class ActorPool(Generic[Actor]):
         async with self._locks[index]:
             if self._actors[index] is not dead:
                 return  # another waiting call replaced it already
-            self._replacements += 1
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            if self._replacements > MAX_REPLACEMENTS:
-                raise RunError(f"{self.name(index)} died again after {MAX_REPLACEMENTS} replacements: {reason}") from error
-            log.warning("%s is replaced: %s", self.name(index), reason)
-            ray.kill(dead, no_restart=True)
-            actor = self._create(index)
-            await self._revive(actor, index)
-            self._actors[index] = actor
+            while self._actors[index] is dead:
+                actor = self._next_after(index, error)
+                try:
+                    await self._revive(actor, index)
+                except DEATHS as again:  # the replacement died too
+                    error = again
+                    ray.kill(actor, no_restart=True)
+                else:
+                    self._actors[index] = actor
+
+    def _next_after(self, index: int, error: BaseException) -> Any:
+        """A fresh actor in place of the one that ended with `error`, as long as the pool may have one."""
+        if self._is_shut_down:
+            raise RunError(f"{self.name(index)} was shut down while it worked") from error
+        self._replacements += 1
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        if self._replacements > MAX_REPLACEMENTS:
+            raise RunError(f"{self.name(index)} died again after {MAX_REPLACEMENTS} replacements: {reason}") from error
+        log.warning("%s is replaced: %s", self.name(index), reason)
+        ray.kill(self._actors[index], no_restart=True)
+        return self._create(index)
 
     def actors(self) -> list[Any]:
         return list(self._actors)
 
     def shutdown(self) -> None:
         """End every actor."""
+        self._is_shut_down = True
         for actor in self._actors:
             ray.kill(actor, no_restart=True)

@@ -90,8 +90,12 @@ class RolloutPool:
             for index, batch in enumerate(self._shares(prompts))
             if len(batch.indices)
         ]
-        for done in asyncio.as_completed(work):
-            yield await done
+        try:
+            for done in asyncio.as_completed(work):
+                yield await done
+        finally:
+            for task in work:
+                task.cancel()
 
     async def _sample_share(self, batch: PromptBatch, index: int, version: int) -> tuple[StageReport, list[Sampled]]:
         ranks = [rank_of(i, self._config.trainer.num_workers) for i in batch.indices]

@@ -23,15 +23,20 @@ class TeacherActor:
     def __init__(self, name: str) -> None:
         self._name = name
         self._model: CompletionModel | None = None
+        self._held: TeacherSection | None = None
 
     def start(self, section: TeacherSection, objective: ObjectiveSection, vocab_size: int) -> str:
-        """Load the teacher; `vocab_size` is the student's, padding rows above it are cut. Returns the class name."""
+        """Load the teacher, unless it is held already. `vocab_size` is the student's: padding rows above it are cut.
+
+        Returns the class name.
+        """
         self._device = default_device()
         self._section, self._objective, self._vocab_size = section, objective, vocab_size
-        model = load_causal_lm(section, "teacher.model", self._device)
-        self._model = CompletionModel(model)
-        self._model.check_head("teacher.model")
-        return type(model).__name__
+        if self._model is None or self._held != section:
+            self._model, self._held = None, section  # two teachers at once may not fit
+            self._model = CompletionModel(load_causal_lm(section, "teacher.model", self._device))
+            self._model.check_head("teacher.model")
+        return type(self._model.model).__name__
 
     def score(self, samples: Samples) -> tuple[StageReport, Scored]:
         """The teacher's answer for every completion token of `samples`, in order."""

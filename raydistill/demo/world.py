@@ -181,6 +181,6 @@ def _refuse_foreign(folder: Path) -> None:
     foreign = [path.name for path in folder.iterdir() if path.name not in parts] if folder.is_dir() else []
     if foreign or (folder.exists() and not folder.is_dir()):
         raise UserError(
-            f"{folder} holds things that are no part of a world ({', '.join(sorted(foreign)[:3]) or 'it is a file'}) and "
+            f"{folder} holds things that are no part of a world ({', '.join(sorted(foreign)[:3]) or 'a file'}) and "
             f"building one would replace them: choose another folder or move them away"
         )

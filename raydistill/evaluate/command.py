@@ -22,7 +22,7 @@ from raydistill.evaluate.targets import RunDefaults, Target, find_targets
 from raydistill.results.tables import SummaryRow, comparison_json, comparison_table
 
 if TYPE_CHECKING:
-    from raydistill.evaluate.folders import ExactMatch
+    from raydistill.evaluate.folders import ExactMatch, Progress
 
 DEFAULT_NEW_TOKENS = 128
 SUMMARY = """\
@@ -120,9 +120,9 @@ def make_plan(switches: argparse.Namespace) -> Plan:
     )
 
 
-def run_plan(plan: Plan, say: Callable[[str], None]) -> list[SummaryRow]:
+def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
     """Load and measure."""
-    say("loading")
+    say("loading", "")
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -142,7 +142,7 @@ def run_plan(plan: Plan, say: Callable[[str], None]) -> list[SummaryRow]:
     section = plan.section or file_section(positions)
     stop_ids = eos_ids(teacher, tokenizer)
     examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids)
-    console.print(summary, style="dim")
+    console.print(summary, style="dim", markup=False, soft_wrap=True)
     return evaluate_folders(
         plan.targets, teacher, examples, tokenizer, plan.exact_match, plan.max_new_tokens, progress=say
     )
@@ -157,13 +157,21 @@ def _agreed(runs: Sequence[RunDefaults], read: Callable[[RunDefaults], Any], wha
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def _progress() -> Iterator[Progress]:
     """A line that changes on a terminal, plain lines elsewhere; on stderr."""
-    if not console.is_terminal:
-        yield lambda text: console.print(text, style="dim")
+    if console.is_terminal:
+        with console.status("") as status:
+            yield lambda what, detail: status.update(f"{what} {detail}")
         return
-    with console.status("") as status:
-        yield status.update
+    last = ""
+
+    def say(what: str, detail: str) -> None:
+        nonlocal last
+        if what != last:
+            console.print(what, style="dim", markup=False, soft_wrap=True)
+        last = what
+
+    yield say
 
 
 def _positive(text: str) -> int:

@@ -24,7 +24,8 @@ from raydistill.tensors import CompletionModel
 
 __all__ = ["ExactMatch", "Progress", "Target", "evaluate_folders"]
 ExactMatch = Literal["off", "final_number"]
-Progress = Callable[[str], None]
+Progress = Callable[[str, str], None]
+"""Told (what is done now, how far it is)."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -42,7 +43,7 @@ def evaluate_folders(
     tokenizer: the one that encoded the examples. A target that is the teacher's own folder gives its name to the
     teacher's row. ModelError where a target's token ids mean something else; checked for all before one is loaded.
     """
-    say = progress or (lambda text: None)
+    say = progress or (lambda what, detail: None)
     answered = [example for example in examples if example.has_reference]
     named = next((target for target in targets if target.folder.resolve() == teacher.resolve()), None)
     others = [target for target in targets if target is not named]
@@ -52,12 +53,12 @@ def evaluate_folders(
     if exact_match == "final_number":
         require_final_numbers(answered, tokenizer)
 
-    say(f"{first.name}: answering {len(answered):,} rows")
+    say(f"{first.name}: answering the rows", "")
     teacher_model = _load(first)
     answers = answer_held_out(CompletionModel(teacher_model), answered)
 
     def measure(target: Target, model: nn.Module) -> SummaryRow:
-        say(f"{target.name}: KL to the teacher and perplexity")
+        say(f"{target.name}: KL to the teacher and perplexity", "")
         score = score_answers(CompletionModel(model), answers)
         match = None
         if exact_match == "final_number":
@@ -114,7 +115,7 @@ def _load(target: Target) -> nn.Module:
 
 
 def _counter(say: Progress, target: Target, total: int) -> Callable[[int], None]:
-    return lambda done: say(f"{target.name}: {done:,} of {total:,} answers")
+    return lambda done: say(f"{target.name}: greedy answers", f"{done:,} of {total:,}")
 
 
 def _summary(target: Target, score: HeldOutScore, match: MatchScore | None) -> SummaryRow:

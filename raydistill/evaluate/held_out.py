@@ -27,7 +27,7 @@ from raydistill.messages import Samples, Scored
 from raydistill.tensors import CompletionModel, DenseTensors, SequenceBatch, TopKTensors, target_tensors
 
 BATCH_TOKENS = 4096
-"""Tokens (padding counted) of one forward pass; larger ones leave a CPU's cache and gain nothing on a GPU."""
+"""Tokens (padding counted) of one forward pass; small models on a CPU get slower beyond it, as caches overflow."""
 
 MOST_NATS = 80.0  # exp of more leaves the range that a reader or a plot can use
 

@@ -1,11 +1,13 @@
 """DeepSpeed behind five calls: forward, backward, step, gathered adapter state, learning rate. Only this file imports it.
 
-ZeRO 0 to 3 give the same update. A step whose loss is not finite is not applied: ZeRO's own overflow check drops NaN
-gradients; stage 0 has none, so its gradients are removed before the optimizer sees them.
+ZeRO 0 to 3 give the same update. A step whose gradient is not finite leaves no trace: weights, optimizer state and
+learning rate stay. DeepSpeed's wrapped optimizers check that themselves; stage 0 in float32 wraps none, so its optimizer
+is taught here what they do.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import nullcontext
 from typing import Any
@@ -42,6 +44,9 @@ class DeepSpeedEngine:
         optimizer = optimizer or torch.optim.AdamW(
             parameters, lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay
         )
+        self._checks_gradients = section.zero_stage == 0 and dtype == "float32"
+        if self._checks_gradients:
+            _skip_overflow(optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(section, step))
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -72,16 +77,26 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self, bad: bool) -> tuple[bool, float]:
-        """After each backward; DeepSpeed updates at the last micro-batch. Returns (applied, gradient norm there)."""
+        """After each backward; DeepSpeed updates at the last micro-batch. Returns (applied, gradient norm there).
+
+        `bad`: this step must not be applied; its gradient is NaN already.
+        """
         boundary = self._engine.is_gradient_accumulation_boundary()
-        if bad and boundary and self._section.zero_stage == 0:
-            for parameter in self._engine.module.parameters():
-                parameter.grad = None
+        if boundary and self._checks_gradients:
+            self._check_gradients(bad)
         self._engine.step()
         if not boundary:
             return True, 0.0
-        norm = self._engine.get_global_grad_norm()
-        return not bad, float(norm) if norm is not None else float("nan")
+        applied: bool = self._engine.was_step_applied()
+        assert not (bad and applied), "a step with a NaN gradient was applied"
+        return applied, float(self._engine.get_global_grad_norm())
+
+    def _check_gradients(self, bad: bool) -> None:
+        """What ZeRO's optimizers note before they clip, under their names: the engine reads both after its step."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.optimizer._global_grad_norm = norm
+        self._engine.optimizer.overflow = bad or not math.isfinite(norm)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The trainable state whole on every rank (ZeRO-3 gathers it)."""
@@ -98,6 +113,12 @@ class DeepSpeedEngine:
         if self._section.zero_stage < 3:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+
+def _skip_overflow(optimizer: Any) -> None:
+    """Let `optimizer.step` do nothing where `optimizer.overflow` is set; the engine then keeps its scheduler too."""
+    apply, optimizer.overflow = optimizer.step, False
+    optimizer.step = lambda: None if optimizer.overflow else apply()
 
 
 def _register_borrowed_parameters(model: nn.Module, deepspeed: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,17 @@ class TrainerGroup:
     async def _within(self, ref: Any) -> Any:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._config.trainer.timeout_s)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
             raise RunError(_last_line(error)) from error
+        except TimeoutError as error:
+            limit = self._config.trainer.timeout_s
+            raise RunError(f"the trainer did not answer within trainer.timeout_s={limit:g}") from error
 
     async def abort(self, reason: str) -> None:
         """Wake the ranks so that they end; the run has failed elsewhere."""
-        await asyncio.wrap_future(self._feed.close.remote(reason).future())
+        # A dead feed has nobody left to wake, and must not hide why the run failed.
+        with suppress(ray.exceptions.RayError):
+            await asyncio.wrap_future(self._feed.close.remote(reason).future())
         await asyncio.to_thread(self._thread.join, 30)
 
 

@@ -101,8 +101,9 @@ def _backward(
     losses = objective.token_losses(logits_NV, target, ids_N, reference_N)
     loss = micro_batch_loss(losses.loss_N, scale)
     bad = poison or not bool(torch.isfinite(loss))
-    # A NaN gradient on one rank reaches all of them in the reduction, and the optimizer drops the whole step.
-    engine.backward(loss * float("nan") if poison else loss)
+    # A NaN gradient on one rank reaches all of them in the reduction, and the optimizer drops the whole step. An infinite
+    # loss alone would not do: its gradient may be finite.
+    engine.backward(loss * float("nan") if bad else loss)
     if bad:
         sums = torch.zeros(len(NAMES), dtype=torch.float64)
         sums[NAMES.index("bad")] = 1.0

@@ -120,8 +120,9 @@ class TrainerRank:
             return "", None
         state = self._engine.adapter_state()
         self._model.eval()
+        # Before whole_model: ZeRO-3 fetches for a forward by itself, and lets go of everything afterwards.
+        probe = ProbeAnswers(logprobs_N=score_rows(self._model, self._job.probes, self._device))
         with self._engine.whole_model():
-            probe = ProbeAnswers(logprobs_N=score_rows(self._model, self._job.probes, self._device))
             codes = student_codes(self._model.model) if config.checks_codes(version) else {}
         if self._rank != 0:
             return "", None

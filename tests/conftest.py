@@ -1,0 +1,45 @@
+"""Shared by the tests that run real engines: one tiny world for the whole session, and one Ray cluster."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydistill.config import Config
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+RECIPE: dict[str, Any] = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "num_steps": 60, "batch_size": 16}
+"""About 0.2 million parameters; head_dim stays 32, which vLLM needs on CPU. Half-trained: it has something to lose."""
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Qwen3 with tokenizer and chat template, 400 training rows and 24 rows each for validation and test."""
+    from raydistill.demo.pretrain import TeacherRecipe
+    from raydistill.demo.world import prepare_stories
+
+    folder = tmp_path_factory.mktemp("world") / "stories"
+    return prepare_stories(folder, TeacherRecipe(**RECIPE), num_train=400, num_validation=24, num_test=24)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_world: Any) -> Path:
+    """The folder of the tiny world's teacher; students start from it."""
+    folder: Path = tiny_world.teacher_folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """One local Ray for all tests of the session; more CPUs than the machine has, because the actors hardly use theirs."""
+    import ray
+
+    from raydistill.launch import start_cluster
+
+    start_cluster(Config.model_validate({"cluster": {"num_cpus": 8}}))
+    yield ray
+    ray.shutdown()

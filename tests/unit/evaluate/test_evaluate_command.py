@@ -1,0 +1,160 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from raydistill.cli import main_with_errors
+from raydistill.config import Config
+from raydistill.evaluate.command import evaluate_command
+from raydistill.evaluate.ptq import export_ptq
+from raydistill.evaluate.rows import rows_of_file
+from raydistill.quant.formats import WeightFormat
+from raydistill.results.record import RunRecord
+
+INT4 = WeightFormat(bits=4, group_size=32, symmetric=False, scale="absmax")
+
+
+@pytest.fixture(scope="module")
+def export(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "int4"
+    export_ptq(world.teacher, INT4, folder)
+    return folder
+
+
+@pytest.fixture
+def make_run(world, export, tmp_path):
+    """A run's folder as a finished run leaves it."""
+
+    def make(name="first", has_export=True, **data):
+        folder = tmp_path / "runs" / name
+        section = {
+            "path": str(world.rows),
+            "eval_rows": 6,
+            "min_completion": 1,
+            "min_prompt_room": 1,
+            "max_length": 256,
+        }
+        config = Config.model_validate(
+            {
+                "student": {"model": str(world.teacher)},
+                "data": section | data,
+                "evaluation": {"exact_match": "final_number", "max_new_tokens": 4},
+                "adapter": {"mode": "merged"},
+            }
+        )
+        with RunRecord(folder) as record:
+            record.start(name=name, config=config.model_dump(mode="json"), provenance={}, seed=0)
+        if has_export:
+            shutil.copytree(export, folder / "export")
+        return folder
+
+    return make
+
+
+def run(capsys, *argv):
+    code = main_with_errors(evaluate_command, [str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_json_is_one_pure_list_on_stdout(capsys, world, export):
+    code, out, err = run(
+        capsys,
+        f"student={export}",
+        world.other,
+        "--teacher",
+        world.teacher,
+        "--data",
+        world.rows,
+        "--rows",
+        5,
+        "--json",
+    )
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["teacher", "student", "other"]
+    assert rows[0]["kl_nats"] == pytest.approx(0, abs=1e-7)
+    assert rows[1]["extras"] == {"format": INT4.name}
+    assert "5 of 5 rows kept; 24 are there" in err
+
+
+def test_a_run_brings_its_teacher_its_rows_and_its_way_of_measuring(capsys, make_run):
+    folder = make_run()
+    code, out, err = run(capsys, folder, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(row["name"], row["num_rows"]) for row in rows] == [("teacher", 6), ("first", 6)]
+    assert "6 of 6 rows kept" in err
+    code, out, _ = run(capsys, folder / "export", "--exact-match", "off", "--rows", 4)
+    assert code == 0
+    assert "first" in out
+    assert "KL (nats/token)" in out
+
+
+def test_the_rows_of_a_file_are_the_same_whatever_its_order(world, tmp_path):
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("".join(reversed(world.rows.read_text().splitlines(keepends=True))))
+    assert [r.row_id for r in rows_of_file(turned, 5).rows] == [r.row_id for r in rows_of_file(world.rows, 5).rows]
+
+
+def test_each_mistake_is_one_clear_line(capsys, world, export, make_run, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    teacher, data = ["--teacher", world.teacher], ["--data", world.rows]
+    run_a, run_b = make_run("a"), make_run("b", eval_rows=3)
+    cases = {
+        "exports/none does not exist": ["exports/none", *teacher, *data],
+        "did you mean": [export.parent / "int5", *teacher, *data],
+        "is not a model: it holds no config.json": [empty, *teacher, *data],
+        "no rows to measure on: give --data FILE": [export, *teacher],
+        "no teacher to compare with: give --teacher FOLDER": [export, *data],
+        "missing.jsonl does not exist": [export, *teacher, "--data", tmp_path / "missing.jsonl"],
+        "has no export/ folder": [make_run("open", has_export=False)],
+        "the run held out 6 rows": [run_a, "--rows", 7],
+        "runs a and b have different held-out rows": [run_a, run_b],
+        "two targets are called 'int4'": [export, export, *teacher, *data],
+        "neither a folder nor a hub id": [export, "--teacher", "no/such-model", *data],
+    }
+    for message, argv in cases.items():
+        code, out, err = run(capsys, *argv)
+        errors = [line for line in err.splitlines() if line.startswith("error:")]
+        assert (code, out, len(errors)) == (2, "", 1), (message, err)
+        assert message in errors[0], (message, errors)
+
+
+def test_help_teaches_with_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate_command(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out
+    assert "raydistill evaluate outputs/runs/int2" in out
+
+
+def test_wrong_switches_exit_with_2():
+    for argv in ([], ["x", "--rows", "0"], ["x", "--exact-match", "maybe"]):
+        with pytest.raises(SystemExit) as end:
+            evaluate_command(argv)
+        assert end.value.code == 2
+
+
+def test_a_fresh_process_refuses_a_wrong_path_without_importing_torch(tmp_path):
+    code = (
+        "import sys; from raydistill.cli import main_with_errors;"
+        "from raydistill.evaluate.command import evaluate_command;"
+        f"code = main_with_errors(evaluate_command, [{str(tmp_path / 'x')!r}]);"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "does not exist" in done.stderr
+
+
+def test_the_module_is_a_command_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "raydistill.evaluate", "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert "raydistill evaluate" in done.stdout
