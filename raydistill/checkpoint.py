@@ -1,8 +1,8 @@
 """Checkpoints of the student: one folder per version, complete or absent, best and last kept.
 
-    checkpoints/step-000150/weights.safetensors    A and B (or all weights) in float32
-    checkpoints/step-000150/checkpoint.json        version, hashes, metrics of the held-out evaluation once known
-    checkpoints/best.json                          which folder is best, by which metric
+checkpoints/step-000150/weights.safetensors    A and B (or all weights) in float32
+checkpoints/step-000150/checkpoint.json        version, hashes, metrics of the held-out evaluation once known
+checkpoints/best.json                          which folder is best, by which metric
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def checkpoint_folder(root: Path, version: int) -> Path:
     return root / f"step-{version:06d}"
 
 
-def save_checkpoint(root: Path, weights: StudentWeights, description: dict[str, object]) -> Path:
+def save_checkpoint(root: Path, weights: StudentWeights, description: Mapping[str, object]) -> Path:
     """Write one version under a temporary name, then rename: a folder with the final name is whole."""
     final = checkpoint_folder(root, weights.version)
     partial = root / f".writing-{final.name}"

@@ -49,7 +49,10 @@ def check_models(config: Config) -> ModelFacts:
         )
     _check_layers(config)
     return ModelFacts(
-        tokenizer=tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids("student.model", student, tokenizer), max_length=max_length
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        eos_ids=_eos_ids("student.model", student, tokenizer),
+        max_length=max_length,
     )
 
 

@@ -1,7 +1,8 @@
 """What all commands share: how errors end a command, where text goes, how `--help` looks; and the verb `config`.
 
 Results go to stdout (with `--json` as pure JSON), progress and errors to stderr, so that a pipe sees results only.
-Exit codes: 0 done, 2 the user can fix it (one line per problem), 130 interrupted. Any other error is our bug and keeps
+Exit codes: 0 done, 1 the run could not go on, 2 the user can fix it (one line per problem), 130 interrupted. Any
+other error is our bug and keeps
 its traceback.
 """
 
@@ -19,10 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raydistill.config_help import field_help, format_resolved, json_schema
-from raydistill.config_load import load_config
-from raydistill.errors import UserError
+from raydistill.config.help import field_help, format_resolved, json_schema
+from raydistill.config.load import load_config
+from raydistill.errors import RunError, UserError
+from raydistill.quiet import quiet_libraries
 
+EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPE_WIDTH = 200  # columns of a table that no terminal limits: wide enough that no cell wraps
@@ -57,6 +60,7 @@ examples:
 
 def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn what ends it into an exit code; `sys.exit(main_with_errors(config_command))`."""
+    quiet_libraries()
     try:
         code = command(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
@@ -65,6 +69,9 @@ def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Seque
         for line in _original(error).splitlines() or ["(no message)"]:
             print(f"error: {line}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_RUN_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -53,7 +53,9 @@ class DriverRecords:
         self._record.evaluation(report)
         self._record.spans([report.span])
         self._keeper.evaluated(report.version, report.metrics)
-        numbers = ", ".join(f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se"))
+        numbers = ", ".join(
+            f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se")
+        )
         self._console.print(f"  version {report.version}: {numbers}", style="dim")
 
     def warning(self, text: str) -> None:

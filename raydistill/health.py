@@ -40,7 +40,10 @@ def health_warning(history: Sequence[dict[str, float]], max_new_tokens: int) -> 
         return None
     now = history[-1]
     first = next(h for h in history if "rollout/truncated_fraction" in h)
-    if now["rollout/truncated_fraction"] > 0.5 and now["rollout/truncated_fraction"] > first["rollout/truncated_fraction"] + 0.3:
+    if (
+        now["rollout/truncated_fraction"] > 0.5
+        and now["rollout/truncated_fraction"] > first["rollout/truncated_fraction"] + 0.3
+    ):
         return (
             f"{now['rollout/truncated_fraction']:.0%} of the completions are cut at rollout.max_new_tokens="
             f"{max_new_tokens}, {first['rollout/truncated_fraction']:.0%} were at the start. The usual cause is an "

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import RunError, UserError
-from raydistill.messages import Samples, TokenRows
+from raydistill.messages import Samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,50 +116,21 @@ class Launch:
 
     async def run(self) -> RunSummary:
         """See `run`."""
-        from raydistill.checks import check_models
-        from raydistill.data.dataset import load_dataset
-        from raydistill.worlds import resolve_world
+        import ray
 
-        config = self._config = resolve_world(self._config, self._console)
+        from raydistill.inputs import load_inputs
+        from raydistill.placement import check_placement, placement_plan
+
         start = time.time()
-        self._facts = check_models(config)
-        section = config.data
-        if config.needs_rollouts:  # a sampled completion must fit behind every prompt
-            room = max(section.min_prompt_room, config.rollout.max_new_tokens)
-            section = section.model_copy(update={"min_prompt_room": room})
-        self._data = load_dataset(
-            section,
-            self._facts.tokenizer,
-            self._facts.max_length,
-            config.objective.on_policy_fraction < 1,
-            stop_ids=self._facts.eos_ids,
-        )
-        self._console.print(self._data.summary(), style="dim")
-        self._check_lengths()
+        self._inputs = load_inputs(self._config, self._console)
+        config = self._config = self._inputs.config
         self._folder = (config.run.output / "runs" / run_name(config)).absolute()
         if self._folder.exists():
             raise UserError(f"run.name={self._folder.name!r}: {self._folder} exists; choose another run.name")
         start_cluster(config)
-        self._check_placement()
+        check_placement(placement_plan(config), ray.cluster_resources())
         self._seconds["checks"] = time.time() - start
         return await self._recorded()
-
-    def _check_placement(self) -> None:
-        import ray
-
-        from raydistill.placement import check_placement, placement_plan
-
-        check_placement(placement_plan(self._config), ray.cluster_resources())
-
-    def _check_lengths(self) -> None:
-        longest = max(e.prompt_ids.size for e in (*self._data.train, *self._data.held_out))
-        new = max(self._config.rollout.max_new_tokens, self._config.evaluation.max_new_tokens)
-        self._engine_length = min(-(-(longest + new) // 32) * 32, self._facts.max_length)
-        if self._config.needs_rollout_pool and longest + new > self._facts.max_length:
-            raise UserError(
-                f"the longest prompt has {longest} tokens; with rollout.max_new_tokens={new} that is more than the model's "
-                f"{self._facts.max_length} positions. Lower rollout.max_new_tokens or data.max_length"
-            )
 
     async def _recorded(self) -> RunSummary:
         """Everything from here on is in the run's record, failures included."""
@@ -176,7 +147,7 @@ class Launch:
             config=settings,
             provenance=collect(),
             seed=config.run.seed,
-            data_fingerprint=self._data.fingerprint,
+            data_fingerprint=self._inputs.data.fingerprint,
         )
         uri = config.results.uri or default_uri(config.run.output.absolute())
         delivery = start_delivery(self._folder, uri, config.results.experiment)
@@ -213,13 +184,12 @@ class Launch:
         if self._pools is None:
             self._pools = make_pools(config)
         feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000).remote(config.sync.max_staleness + 2)
-        probes = self._probes()
-        trainer = TrainerGroup(config, feed, probes, self._folder)
+        trainer = TrainerGroup(config, feed, self._inputs.probes(), self._folder)
         evaluator = EvaluatorRole(config.evaluation, config.rollout.timeout_s)
         trainer.start()
         try:
             with self._console.status("starting engines, teachers and trainer workers"):
-                await self._arm(evaluator, probes)
+                await self._arm(evaluator)
                 await trainer.outcome(-1)
             self._seconds["start"] = time.time() - start
             keeper = CheckpointKeeper(self._folder / "checkpoints")
@@ -238,29 +208,20 @@ class Launch:
             if self._own_pools:
                 self._pools.shutdown()
 
-    async def _arm(self, evaluator: Any, probes: TokenRows) -> None:
+    async def _arm(self, evaluator: Any) -> None:
         """Bring pools and evaluator up, all at the same time."""
-        from raydistill.actors.rollout import EngineSpec
         from raydistill.data.schedule import held_out_prompts, held_out_references, sampling_seed
         from raydistill.models import StudentSpec
 
-        config, pools = self._config, self._pools
+        config, pools, held_out = self._config, self._pools, self._inputs.data.held_out
         assert pools is not None
-        spec = StudentSpec.of(config)
-        references = held_out_references(self._data.held_out)
         work = []
         if config.needs_rollout_pool:
-            engine = EngineSpec(
-                student=spec,
-                rollout=config.rollout,
-                max_model_len=self._engine_length,
-                eos_ids=self._facts.eos_ids,
-                probes=probes,
-            )
-            prompts = held_out_prompts(self._data.held_out) if config.evaluation.exact_match != "off" else None
+            prompts = held_out_prompts(held_out) if config.evaluation.exact_match != "off" else None
             seed = config.run.seed
-            work.append(pools.rollouts.begin(config, engine, prompts, lambda s, i: sampling_seed(seed, s, i)))
-        work.append(self._arm_evaluator(evaluator, spec, references))
+            spec = self._inputs.engine_spec()
+            work.append(pools.rollouts.begin(config, spec, prompts, lambda s, i: sampling_seed(seed, s, i)))
+        work.append(self._arm_evaluator(evaluator, StudentSpec.of(config), held_out_references(held_out)))
         await asyncio.gather(*work)
 
     async def _arm_evaluator(self, evaluator: Any, spec: Any, references: Samples | None) -> None:
@@ -268,7 +229,7 @@ class Launch:
         assert pools is not None
         scored = []
         if config.needs_teacher:
-            await pools.teachers.begin(config.teacher, config.objective, self._facts.vocab_size)
+            await pools.teachers.begin(config.teacher, config.objective, self._inputs.facts.vocab_size)
         if references is not None:
             if config.needs_teacher:
                 _, handle = await pools.teachers.score(references, references.completions.num_tokens)
@@ -288,7 +249,7 @@ class Launch:
         config, pools = self._config, self._pools
         assert pools is not None
         schedule = StepSchedule(
-            self._data.train,
+            self._inputs.data.train,
             config.run.seed,
             config.trainer.sequences_per_step,
             config.objective.on_policy_fraction,
@@ -299,7 +260,7 @@ class Launch:
             rollouts=pools.rollouts if config.needs_rollout_pool else None,
             teachers=pools.teachers if config.needs_teacher else None,
             trainer=trainer,
-            evaluator=evaluator if self._data.held_out else None,
+            evaluator=evaluator if self._inputs.data.held_out else None,
             records=records,
             reference_parts=self._reference_parts,
         )
@@ -321,18 +282,6 @@ class Launch:
                 handle = samples if self._config.needs_teacher else ray.put(Scored(samples=samples, target=None))
                 parts.append(Sampled(rank=rank, num_tokens=samples.completions.num_tokens, samples=handle))
         return parts
-
-    def _probes(self) -> TokenRows:
-        """Fixed sequences that both sides of a sync score: real rows, so that the gap is measured where it matters."""
-        sync = self._config.sync
-        rows = []
-        for example in (*self._data.held_out, *self._data.train):
-            ids = [*example.prompt_ids.tolist(), *example.reference_ids.tolist()][-sync.probe_tokens :]
-            if len(ids) > 1:
-                rows.append(ids)
-            if len(rows) == sync.probe_sequences:
-                break
-        return TokenRows.from_rows(rows)
 
     def _record_engines(self, record: Any) -> None:
         pools = self._pools
@@ -365,7 +314,7 @@ class Launch:
         rate = await self._pools.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None  # type: ignore[union-attr]
         self._console.print(line, style="dim")
         self._seconds["export"] = time.time() - start
-        metrics = next((e.metrics for e in outcome.evaluations if e.version == version), {})
+        metrics: dict[str, float] = next((e.metrics for e in outcome.evaluations if e.version == version), {})
         return RunSummary(
             name=self._folder.name,
             folder=self._folder,

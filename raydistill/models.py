@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
 from raydistill.errors import ModelError
 from raydistill.quant.formats import BITS, WeightFormat
 from raydistill.quant.student import LoraSettings, prepare_student, quantizable_modules
 
+transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

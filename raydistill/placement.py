@@ -20,7 +20,14 @@ class Demand:
 
 def placement_plan(config: Config) -> list[Demand]:
     """The actors a run will start, with what Ray books for each."""
-    plan = [Demand(role="trainer", count=config.trainer.num_workers, num_cpus=config.trainer.num_cpus, num_gpus=config.trainer.num_gpus)]
+    plan = [
+        Demand(
+            role="trainer",
+            count=config.trainer.num_workers,
+            num_cpus=config.trainer.num_cpus,
+            num_gpus=config.trainer.num_gpus,
+        )
+    ]
     if config.needs_rollout_pool:
         r = config.rollout
         plan.append(Demand(role="rollout", count=r.num_actors, num_cpus=r.num_cpus, num_gpus=r.num_gpus))

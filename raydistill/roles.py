@@ -107,4 +107,15 @@ class Roles:
     reference_parts: Any  # (Samples) -> list[Sampled]: references split over ranks
 
 
-__all__ = ["Evaluator", "Handle", "PromptSource", "Records", "Roles", "Rollouts", "Sampled", "Samples", "Teachers", "Trainer"]
+__all__ = [
+    "Evaluator",
+    "Handle",
+    "PromptSource",
+    "Records",
+    "Roles",
+    "Rollouts",
+    "Sampled",
+    "Samples",
+    "Teachers",
+    "Trainer",
+]

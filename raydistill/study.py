@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,9 @@ class Study:
 
     def __init__(self, config: Config, console: Console) -> None:
         if config.world.name == "none":
-            raise ConfigError("world.name is not set; a demo runs on an embedded world: 'stories' or 'question_answers'")
+            raise ConfigError(
+                "world.name is not set; a demo runs on an embedded world: 'stories' or 'question_answers'"
+            )
         if config.quant.format == "none" or config.quant.format not in config.study.ptq_formats:
             raise ConfigError(
                 f"study.ptq_formats={list(config.study.ptq_formats)} leaves out quant.format={config.quant.format!r}, which "
@@ -69,7 +72,7 @@ class Study:
             config = with_world(self._config, world)
             with self._stage("ptq"):
                 folders, config = self._quantize(config, world.validation_path)
-            runs = {arm: self._distil(arm, config, pools) for arm in config.study.arms}
+            runs: dict[str, RunSummary] = {arm: self._distil(arm, config, pools) for arm in config.study.arms}
         finally:
             pools.shutdown()
         with self._stage("evaluate"):
@@ -139,8 +142,11 @@ class Study:
             command += ["--max-new-tokens", str(config.evaluation.max_new_tokens)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise RunError(f"the final evaluation failed with exit code {done.returncode}; its command: {' '.join(command)}")
-        return [SummaryRow(**row) for row in json.loads(done.stdout)]
+            raise RunError(
+                f"the final evaluation failed with exit code {done.returncode}; its command: {' '.join(command)}"
+            )
+        rows = [SummaryRow(**row) for row in json.loads(done.stdout)]
+        return [replace(row, role="control") if row.name == "gold-ce" else row for row in rows]
 
     def _report(self, config: Config, rows: Sequence[SummaryRow], runs: dict[str, RunSummary]) -> dict[str, Any]:
         """Plots, summary.json, and the words under the table."""
@@ -199,9 +205,11 @@ examples:
 def demo_command(argv: Sequence[str]) -> int:
     """The verb `demo`."""
     from raydistill.cli import command_parser, console
-    from raydistill.config_load import load_config
+    from raydistill.config.load import load_config
 
-    parser = command_parser("demo", "Run the whole system on a world that needs no download, and show the table.", EXAMPLES)
+    parser = command_parser(
+        "demo", "Run the whole system on a world that needs no download, and show the table.", EXAMPLES
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
     options, settings = parser.parse_known_args(list(argv))
     if not any(argument.startswith("@") for argument in settings):
@@ -219,7 +227,9 @@ def default_config() -> Path:
     """configs/demo.toml of this checkout."""
     path = Path(__file__).resolve().parents[1] / "configs" / "demo.toml"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing; run from a checkout of raydistill, or name a config: raydistill demo @FILE")
+        raise ConfigError(
+            f"{path} is missing; run from a checkout of raydistill, or name a config: raydistill demo @FILE"
+        )
     return path
 
 

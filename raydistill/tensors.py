@@ -86,9 +86,7 @@ class CompletionModel(nn.Module):
     def hidden(self, batch: SequenceBatch) -> Tensor:
         """[N, H]: the final hidden state at the position before each completion token."""
         output = self.model.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
-        return select_completion_hidden(
-            output.last_hidden_state, batch.prompt_lengths_B, batch.completion_lengths_B
-        )
+        return select_completion_hidden(output.last_hidden_state, batch.prompt_lengths_B, batch.completion_lengths_B)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V], with the soft cap of models that have one (Gemma 2)."""

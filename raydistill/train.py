@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from raydistill.cli import command_parser, console, main_with_errors
-from raydistill.config_load import load_config
+from raydistill.config.load import load_config
 
 EXAMPLES = """\
 examples:

@@ -46,3 +46,6 @@ class Engine(Protocol):
 
     def score(self, rows: TokenRows) -> np.ndarray:
         """Log-probs [N] float32 of every token but the first of each row, given the ones before it."""
+
+    def close(self) -> None:
+        """Free the engine; another one may follow in the same process."""

@@ -94,3 +94,7 @@ class HfEngine:
     def score(self, rows: TokenRows) -> np.ndarray:
         """See `Engine.score`."""
         return score_rows(self._completions, rows, self._device)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._completions, self._model

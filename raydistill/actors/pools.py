@@ -57,7 +57,9 @@ class RolloutPool:
             "num_gpus": section.num_gpus,
             "runtime_env": {"env_vars": environment},
         }
-        self._pool: ActorPool[Any] = ActorPool("rollout", section.num_actors, self._create, self._revive, section.timeout_s)
+        self._pool: ActorPool[Any] = ActorPool(
+            "rollout", section.num_actors, self._create, self._revive, section.timeout_s
+        )
         self._spec: EngineSpec | None = None
         self._newest: tuple[Handle, int] | None = None
         self.engine_names: list[str] = []
@@ -76,7 +78,9 @@ class RolloutPool:
         """Start the slow imports; returns references to wait for (or not)."""
         return [actor.prepare.remote() for actor in self._pool.actors()]
 
-    async def begin(self, config: Config, spec: EngineSpec, held_out: PromptBatch | None, seed_of: Callable[[int, int], int]) -> None:
+    async def begin(
+        self, config: Config, spec: EngineSpec, held_out: PromptBatch | None, seed_of: Callable[[int, int], int]
+    ) -> None:
         """Arm the pool for one run: build every engine."""
         self._config, self._held_out, self._seed_of = config, held_out, seed_of
         self._spec, self._newest = spec, None
@@ -212,7 +216,9 @@ class EvaluatorRole:
         self._references: Samples | None = None
         self._lock = asyncio.Lock()
 
-    async def begin(self, spec: StudentSpec, objective: ObjectiveSection, references: Samples | None, scored: list[Handle]) -> None:
+    async def begin(
+        self, spec: StudentSpec, objective: ObjectiveSection, references: Samples | None, scored: list[Handle]
+    ) -> None:
         """Build the student and keep the teacher's answers on the held-out references."""
         self._references = references
         await asyncio.wait_for(self.actor.start.remote(spec, objective), START_TIMEOUT_S)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from raydistill.actors.engine import Engine, SamplingSettings
-from raydistill.health import completion_metrics
 from raydistill.config import RolloutSection
 from raydistill.errors import StaleWeightsError
+from raydistill.health import completion_metrics
 from raydistill.messages import (
     LoadReport,
     PromptBatch,
@@ -112,7 +112,9 @@ class RolloutActor:
         """
         assert self._engine is not None
         if self._version < version:  # newer is fresher: a replaced actor is armed with the newest
-            raise StaleWeightsError(f"{self._name} holds version {self._version}, it was asked to sample with {version}")
+            raise StaleWeightsError(
+                f"{self._name} holds version {self._version}, it was asked to sample with {version}"
+            )
         start, cpu_start = time.time(), time.process_time()
         completions = self._engine.sample(batch.prompts, settings, seeds)
         samples = Samples(

@@ -13,7 +13,7 @@ import numpy as np
 
 from raydistill.actors.engine import Completion, SamplingSettings
 from raydistill.config import RolloutSection
-from raydistill.messages import StudentWeights, TokenRows
+from raydistill.messages import FinishReason, StudentWeights, TokenRows
 from raydistill.models import DTYPES, StudentSpec
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM allocates; smaller adapters are padded up
@@ -126,5 +126,5 @@ class VllmEngine:
         gc.collect()
 
 
-def _finish(reason: str | None) -> str:
+def _finish(reason: str | None) -> FinishReason:
     return "stop" if reason == "stop" else "length"

@@ -44,10 +44,10 @@ class DeepSpeedEngine:
         optimizer = optimizer or torch.optim.AdamW(
             parameters, lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay
         )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(section, step))
         self._checks_gradients = section.zero_stage == 0 and dtype == "float32"
         if self._checks_gradients:
             _skip_overflow(optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(section, step))
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameters,
@@ -101,7 +101,9 @@ class DeepSpeedEngine:
     def adapter_state(self) -> dict[str, Tensor]:
         """The trainable state whole on every rank (ZeRO-3 gathers it)."""
         with self._gathered():
-            return {name: tensor.detach().float().cpu().clone() for name, tensor in adapter_state(self.module.model).items()}
+            return {
+                name: tensor.detach().float().cpu().clone() for name, tensor in adapter_state(self.module.model).items()
+            }
 
     def _gathered(self) -> Any:
         if self._section.zero_stage < 3:

@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 
+from raydistill.checkpoint import save_checkpoint
 from raydistill.config import Config
 from raydistill.losses.objective import Objective
 from raydistill.merge import split_scored
@@ -23,7 +24,6 @@ from raydistill.models import StudentSpec, build_student
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
 from raydistill.tensors import CompletionModel, score_rows
-from raydistill.checkpoint import save_checkpoint
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 from raydistill.trainer.step import Ranks, run_step
 

@@ -15,13 +15,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("raydistill", "tune")
 
 # Rooms whose imports within the project are listed in full (besides those of the room itself).
-CONFIG = ("raydistill.config", "raydistill.config_*")
+CONFIG = ("raydistill.config",)
 MAY_IMPORT_ONLY = {
     "raydistill.errors": (),
     "raydistill.messages": ("raydistill.errors",),
     "raydistill.config": (*CONFIG, "raydistill.errors"),
-    "raydistill.config_*": (*CONFIG, "raydistill.errors"),
-    "raydistill.cli": (*CONFIG, "raydistill.errors"),
+    "raydistill.cli": (*CONFIG, "raydistill.errors", "raydistill.quiet"),
     "raydistill.roles": (*CONFIG, "raydistill.errors", "raydistill.messages"),
     "raydistill.health": ("raydistill.errors", "raydistill.messages"),  # pure judgements about messages
     "raydistill.loop": (
@@ -48,9 +47,6 @@ MUST_NOT_IMPORT = {
 ENTRY_POINTS = (
     "raydistill.train",
     "raydistill.__main__",
-    "raydistill.demo.__main__",
-    "raydistill.demo.run",
-    "raydistill.demo.study",
     "raydistill.study",
     "tune",
 )
@@ -71,8 +67,7 @@ LIBRARY_HOMES = {
 
 # Rooms whose libraries are listed in full (besides the standard library).
 MAY_USE_ONLY = {
-    "raydistill.config": ("pydantic",),
-    "raydistill.config_*": ("pydantic", "pydantic_core"),
+    "raydistill.config": ("pydantic", "pydantic_core"),
     "raydistill.cli": ("rich",),
     "raydistill.losses": ("torch", "numpy"),
     "raydistill.quant": ("torch", "numpy", "transformers", "peft", "safetensors"),
@@ -154,9 +149,7 @@ def _imported_names(node: ast.AST, package: str) -> list[str]:
 
 
 def covers(room: str, name: str) -> bool:
-    """Whether a dotted name is in a room; `raydistill.config_*` covers modules by the start of their name."""
-    if room.endswith("*"):
-        return name.startswith(room[:-1])
+    """Whether a dotted name is in a room."""
     return name == room or name.startswith(f"{room}.")
 
 
@@ -292,5 +285,5 @@ def test_the_rules_see_imports_of_every_form():
     )
     later = [node for node in tree.body if _runs_later(node)]
     assert [type(node) for node in later] == [ast.If, ast.FunctionDef]
-    assert covers("raydistill.config_*", "raydistill.config_load")
+    assert covers("raydistill.config", "raydistill.config.load")
     assert not covers("ray", "raydistill.config")

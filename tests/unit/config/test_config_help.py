@@ -8,9 +8,9 @@ import jsonschema
 import pytest
 
 from raydistill.config import Config
-from raydistill.config_fields import ALIASES, config_fields, config_sections
-from raydistill.config_help import field_help, format_resolved, json_schema
-from raydistill.config_load import load_config
+from raydistill.config.fields import ALIASES, config_fields, config_sections
+from raydistill.config.help import field_help, format_resolved, json_schema
+from raydistill.config.load import load_config
 from raydistill.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.config import Config
-from raydistill.config_load import load_config, require_inputs
+from raydistill.config.load import load_config, require_inputs
 from raydistill.errors import ConfigError
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from raydistill.config import Config
-from raydistill.config_fields import UNSET_WORDS, ConfigField, config_fields, config_sections, did_you_mean
-from raydistill.config_files import EXTENDS
-from raydistill.config_load import LoadedConfig
+from raydistill.config.fields import UNSET_WORDS, ConfigField, config_fields, config_sections, did_you_mean
+from raydistill.config.files import EXTENDS
+from raydistill.config.load import LoadedConfig
+from raydistill.config.schema import Config
 from raydistill.errors import ConfigError
 
 SOURCE_COLUMN_LIMIT = 56

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from raydistill.config import Config
+from raydistill.config.schema import Config
 
 UNSET_WORDS = ("none", "null")
 """What a file (as a string) or a command line writes to unset an optional field; TOML itself has no null."""

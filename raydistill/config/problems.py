@@ -9,8 +9,8 @@ from difflib import get_close_matches
 
 from pydantic_core import ErrorDetails
 
-from raydistill.config_fields import ConfigField, config_fields, config_sections, did_you_mean, nearest_fields
-from raydistill.config_files import ConfigFile
+from raydistill.config.fields import ConfigField, config_fields, config_sections, did_you_mean, nearest_fields
+from raydistill.config.files import ConfigFile
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"

@@ -19,10 +19,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raydistill.config import Config
-from raydistill.config_fields import UNSET_WORDS, ConfigField, config_fields, config_sections
-from raydistill.config_files import EXTENDS, ConfigFile, read_stack
-from raydistill.config_problems import COMMAND_LINE, DEFAULT, describe_problem, unknown_field, unknown_section
+from raydistill.config.fields import UNSET_WORDS, ConfigField, config_fields, config_sections
+from raydistill.config.files import EXTENDS, ConfigFile, read_stack
+from raydistill.config.problems import COMMAND_LINE, DEFAULT, describe_problem, unknown_field, unknown_section
+from raydistill.config.schema import Config
 from raydistill.errors import ConfigError
 
 BOOL_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n")

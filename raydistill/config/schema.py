@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from raydistill.config_checks import (
+from raydistill.config.checks import (
     check_adapter,
     check_objective,
     check_quant,

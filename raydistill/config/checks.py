@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raydistill.config import (
+    from raydistill.config.schema import (
         AdapterSection,
         Config,
         ObjectiveSection,

@@ -1,0 +1,25 @@
+"""Keeps other libraries' chatter off the console of our commands; actors' output is in Ray's log files anyway."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+CHATTY_LOGGERS = {
+    "torchao": "announces kernels that this machine cannot load",
+    "torch.utils._pytree": "deprecations between torch and torchao",
+    "DeepSpeed": "announces which accelerator it chose",
+    "ray.train": "repeats what the progress bar shows",
+    "mlflow": "migration notes of a new results file",
+    "alembic": "one line for each migration of a new results file",
+}
+"""Logger -> what it would say; all of it below the level of an error."""
+
+
+def quiet_libraries() -> None:
+    """Raise the loggers' levels; imports nothing. Called before the libraries are imported."""
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,423 @@
+"""Whole runs on the real Ray, vLLM, Ray Train and DeepSpeed: what they record, and what they survive.
+
+A run costs half a minute of start-up, so several tests look at one run, and runs with vLLM share one set of pools.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from raydistill.checkpoint import WEIGHTS, checkpoint_folder, read_description
+from raydistill.config import Config
+from raydistill.errors import ResourceError, RunError
+from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.messages import EvalReport, LoadReport, StageReport, StepOutcome
+from raydistill.results.record import read_record, read_spans
+
+pytestmark = pytest.mark.ray
+
+QUIET = Console(quiet=True)
+NUM_STEPS = 8
+INLINE_BYTES = 100_000  # Ray sends smaller return values along with the answer; larger ones only when asked for
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        merged[key] = merge(tree.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A config of the tiny world: float32, int4, merged, half on-policy by sequence; each test names what differs."""
+    model = str(tiny_world.teacher_folder)
+    base = {
+        "run": {"output": str(tmp_path_factory.mktemp("outputs"))},
+        "student": {"model": model, "dtype": "float32"},
+        "teacher": {"model": model, "dtype": "float32", "num_cpus": 0.1},
+        "data": {
+            "path": str(tiny_world.train_path),
+            "eval_path": str(tiny_world.validation_path),
+            "eval_rows": 16,
+            "max_length": 160,
+            "min_prompt_room": 4,
+            "min_completion": 2,
+        },
+        "objective": {"on_policy_fraction": 0.5, "mixing": "sequence", "target": "dense"},
+        "quant": {"format": "int2", "scale": "searched"},
+        "adapter": {"mode": "merged", "rank": 8, "alpha": 16},
+        "rollout": {"max_new_tokens": 40, "num_cpus": 0.1, "timeout_s": 240, "kv_cache_gib": 1},
+        "trainer": {
+            "num_steps": NUM_STEPS,
+            "sequences_per_step": 8,
+            "sequences_per_micro_batch": 4,
+            "learning_rate": 2e-3,
+            "num_cpus": 0.1,
+            "timeout_s": 240,
+        },
+        "sync": {"max_staleness": 1, "codes_check_every": 1, "max_policy_gap_nats": 1e-5},
+        "evaluation": {"eval_every": 4, "num_cpus": 0.1},
+        "cluster": {"num_cpus": 8},
+    }
+
+    def make(**changes: Any) -> Config:
+        return Config.model_validate(merge(base, changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def vllm_pools(ray_cluster: Any, make_config: Any) -> Iterator[Pools]:
+    """One vLLM actor and one teacher for all runs: the import of vLLM is paid once."""
+    pools = make_pools(make_config())
+    yield pools
+    pools.shutdown()
+
+
+class DriverMailbox:
+    """Sees every object that Ray unpacks in this process, whichever way it was asked for."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> "DriverMailbox":
+        from ray._private.worker import global_worker
+
+        self._worker, usual = global_worker, global_worker.deserialize_objects
+
+        def watch(serialized: Any, refs: Any, *others: Any, **named: Any) -> Any:
+            values = usual(serialized, refs, *others, **named)
+            for (data, *_), value in zip(serialized, values, strict=True):
+                self.received.append((0 if data is None else len(data), value))
+            return values
+
+        global_worker.deserialize_objects = watch
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._worker.deserialize_objects
+
+
+@pytest.fixture(scope="module")
+def overlapped(vllm_pools: Pools, make_config: Any) -> tuple[Config, RunSummary, DriverMailbox]:
+    """The default run, S = 1, watched."""
+    config = make_config(run={"name": "overlapped"})
+    with DriverMailbox() as mailbox:
+        summary = run(config, vllm_pools, QUIET)
+    return config, summary, mailbox
+
+
+@pytest.fixture(scope="module")
+def serial_twice(vllm_pools: Pools, make_config: Any) -> list[RunSummary]:
+    """Two equal runs with S = 0."""
+    return [run(serial_config(make_config, f"serial-{i}"), vllm_pools, QUIET) for i in range(2)]
+
+
+def serial_config(make_config: Any, name: str, **changes: Any) -> Config:
+    trainer = {"num_steps": 3} | changes.pop("trainer", {})
+    config: Config = make_config(
+        run={"name": name},
+        sync={"max_staleness": 0},
+        trainer=trainer,
+        evaluation={"eval_every": 3},
+        objective={"on_policy_fraction": 0.75},
+        **changes,
+    )
+    return config
+
+
+def lines(summary: RunSummary, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_record(summary.folder) if line["kind"] == kind]
+
+
+def spans_of(summary: RunSummary, stage: str) -> dict[int, tuple[float, float]]:
+    """step -> (first start, last end) of one stage."""
+    found: dict[int, tuple[float, float]] = {}
+    for span in read_spans(summary.folder):
+        if span.stage == stage and span.step >= 0:
+            start, end = found.get(span.step, (span.start_s, span.end_s))
+            found[span.step] = (min(start, span.start_s), max(end, span.end_s))
+    return found
+
+
+def last_weights(summary: RunSummary, num_steps: int) -> dict[str, np.ndarray]:
+    return load_file(checkpoint_folder(summary.folder / "checkpoints", num_steps) / WEIGHTS)
+
+
+def losses(summary: RunSummary) -> list[float]:
+    return [line["metrics"]["trainer/loss"] for line in lines(summary, "step")]
+
+
+def check_bitwise_equal(one: RunSummary, other: RunSummary, num_steps: int) -> None:
+    assert losses(one) == losses(other)
+    first, second = last_weights(one, num_steps), last_weights(other, num_steps)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_the_record_holds_each_step_once_and_ends_well(overlapped: Any) -> None:
+    _, summary, _ = overlapped
+    assert [line["step"] for line in lines(summary, "step")] == list(range(NUM_STEPS))
+    assert [line["version"] for line in lines(summary, "sync")] == list(range(NUM_STEPS + 1))
+    assert sorted(line["version"] for line in lines(summary, "evaluation")) == [0, 4, 8]
+    assert [line["status"] for line in lines(summary, "end")] == ["finished"]
+    assert summary.skipped_steps == 0
+    for line in lines(summary, "step"):
+        assert np.isfinite(line["metrics"]["trainer/loss"])
+        assert line["metrics"]["trainer/staleness_steps"] <= 1
+
+
+def test_the_record_names_the_classes_that_really_ran(overlapped: Any) -> None:
+    (table,) = [line for line in lines(overlapped[1], "table") if line["name"] == "engines"]
+    classes = {row["role"]: row["class"] for row in table["rows"]}
+    assert classes == {"rollout-0": "vllm.LLM", "teacher-0": "Qwen3ForCausalLM"}
+
+
+def test_trainer_and_engine_agree_at_every_version(overlapped: Any) -> None:
+    _, summary, _ = overlapped
+    syncs = lines(summary, "sync")
+    assert 0 < summary.largest_gap_nats < 1e-5
+    assert all(line["gap_mean_nats"] < 1e-5 for line in syncs)
+    assert len({line["weights_hash"] for line in syncs}) == NUM_STEPS + 1, "every step made other weights"
+    assert len({line["codes_hash"] for line in syncs}) > NUM_STEPS // 2, "and most of them other codes"
+
+
+def test_trainer_engine_and_export_have_the_same_codes(overlapped: Any) -> None:
+    _, summary, _ = overlapped
+    checkpoints = summary.folder / "checkpoints"
+    trained = read_description(checkpoint_folder(checkpoints, summary.best_version))["codes_hash"]
+    engine = {line["version"]: line["codes_hash"] for line in lines(summary, "sync")}[summary.best_version]
+    manifest = json.loads((summary.export / "raydistill.json").read_text())
+    assert trained == engine == manifest["codes_hash"] == summary.codes_hash
+    assert trained is not None
+
+
+def test_distillation_lowers_the_kl_and_the_export_keeps_it(overlapped: Any, tiny_world: Any) -> None:
+    """The exported folder alone gives the KL and perplexity that the run measured on its live student."""
+    from raydistill.checks import check_models
+    from raydistill.data.dataset import load_dataset
+    from raydistill.evaluate.held_out import answer_held_out, score_answers
+    from raydistill.models import load_causal_lm
+    from raydistill.quant.export import load_exported
+    from raydistill.tensors import CompletionModel
+
+    config, summary, _ = overlapped
+    kl = {line["version"]: line["metrics"]["evaluate/kl_nats"] for line in lines(summary, "evaluation")}
+    assert kl[summary.best_version] == min(kl.values()) < kl[0]
+    facts = check_models(config)
+    section = config.data.model_copy(update={"min_prompt_room": config.rollout.max_new_tokens})
+    data = load_dataset(section, facts.tokenizer, facts.max_length, True, stop_ids=facts.eos_ids)
+    teacher = CompletionModel(load_causal_lm(config.teacher, "teacher.model"))
+    score = score_answers(CompletionModel(load_exported(summary.export)), answer_held_out(teacher, data.held_out))
+    assert score.kl_nats == pytest.approx(summary.metrics["evaluate/kl_nats"], abs=1e-3)
+    assert score.perplexity == pytest.approx(summary.metrics["evaluate/perplexity"], rel=1e-3)
+
+
+def test_the_driver_receives_small_messages_only(overlapped: Any) -> None:
+    config, summary, mailbox = overlapped
+    vocab_size = json.loads((Path(config.teacher.model) / "config.json").read_text())["vocab_size"]
+    tokens = [line["metrics"]["trainer/tokens"] for line in lines(summary, "step")]
+    assert min(tokens) * vocab_size * 4 > 2 * INLINE_BYTES, "the teacher's answers are too small to prove anything"
+    sizes = [size for size, _ in mailbox.received]
+    assert len(sizes) > 5 * NUM_STEPS
+    assert max(sizes) < 10_000
+    messages = {type(value) for _, value in mailbox.received if type(value).__module__.startswith("raydistill.")}
+    assert messages == {StageReport, LoadReport, StepOutcome, EvalReport}
+    assert not any(isinstance(value, (np.ndarray, torch.Tensor)) for _, value in mailbox.received)
+
+
+def test_rollouts_of_the_next_step_overlap_the_trainer_at_staleness_1(overlapped: Any) -> None:
+    """The rollout of step n + 1 starts before the trainer ends step n, nearly always before it even starts it."""
+    _, summary, _ = overlapped
+    rollout, trainer = spans_of(summary, "rollout"), spans_of(summary, "trainer")
+    pairs = [(rollout[step + 1], trainer[step]) for step in trainer if step + 1 in rollout]
+    assert len(pairs) == NUM_STEPS - 1
+    assert all(sampling[0] < training[1] for sampling, training in pairs)
+
+
+def test_stages_follow_one_another_at_staleness_0(serial_twice: list[RunSummary]) -> None:
+    for summary in serial_twice:
+        rollout, teacher, trainer = (spans_of(summary, stage) for stage in ("rollout", "teacher", "trainer"))
+        for step in range(1, 3):
+            assert rollout[step][0] >= trainer[step - 1][1]
+        for step in range(3):
+            assert rollout[step][1] <= trainer[step][0]
+            assert teacher[step][1] <= trainer[step][0]
+        assert all(line["metrics"]["trainer/staleness_steps"] == 0 for line in lines(summary, "step"))
+
+
+def test_a_serial_run_with_vllm_repeats_bit_for_bit(serial_twice: list[RunSummary]) -> None:
+    check_bitwise_equal(*serial_twice, num_steps=3)
+
+
+def test_a_serial_run_with_two_trainer_workers_repeats_bit_for_bit(ray_cluster: Any, make_config: Any) -> None:
+    changes = {"rollout": {"engine": "hf", "num_actors": 2}, "teacher": {"num_actors": 2}}
+    trainer = {"num_workers": 2, "sequences_per_micro_batch": 2}
+    configs = [serial_config(make_config, f"two-workers-{i}", trainer=trainer, **changes) for i in range(2)]
+    pools = make_pools(configs[0])
+    try:
+        summaries = [run(config, pools, QUIET) for config in configs]
+    finally:
+        pools.shutdown()
+    check_bitwise_equal(*summaries, num_steps=3)
+    assert all(summary.largest_gap_nats < 1e-5 for summary in summaries)
+
+
+def test_a_served_adapter_trains_and_keeps_its_codes(vllm_pools: Pools, make_config: Any) -> None:
+    config = make_config(
+        run={"name": "served"}, adapter={"mode": "served"}, trainer={"num_steps": 3}, evaluation={"eval_every": 3}
+    )
+    summary = run(config, vllm_pools, QUIET)
+    syncs = lines(summary, "sync")
+    assert summary.largest_gap_nats < 1e-5
+    assert len({line["weights_hash"] for line in syncs}) == 4
+    assert {line["codes_hash"] for line in syncs} == {summary.codes_hash}, "Q(W) is frozen"
+    assert summary.codes_hash is not None
+    assert json.loads((summary.export / "raydistill.json").read_text())["codes_hash"] == summary.codes_hash
+    assert (summary.export / "adapter").is_dir()
+
+
+def test_cross_entropy_on_the_data_set_needs_neither_teacher_nor_rollouts(ray_cluster: Any, make_config: Any) -> None:
+    config = make_config(
+        run={"name": "gold"},
+        objective={"on_policy_fraction": 0.0, "distill_weight": 0.0, "ce_weight": 1.0},
+        trainer={"num_steps": 4, "gradient_checkpointing": True},
+    )
+    pools = make_pools(config)
+    assert (pools.rollouts, pools.teachers) == (None, None)
+    summary = run(config, pools, QUIET)
+    assert [line["step"] for line in lines(summary, "step")] == [0, 1, 2, 3]
+    perplexity = {line["version"]: line["metrics"]["evaluate/perplexity"] for line in lines(summary, "evaluation")}
+    assert perplexity[4] < perplexity[0]
+    assert "evaluate/kl_nats" not in summary.metrics
+    assert {span.stage for span in read_spans(summary.folder)} == {"trainer", "wait", "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def nan_teacher(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A teacher that knows one word as NaN, and 16 rows of which exactly one holds it: one bad step in an epoch."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("nan")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher_folder)
+    rows = [json.loads(line) for line in tiny_world.train_path.read_text().splitlines()]
+    seen = [set(tokenizer.encode(json.dumps(row["messages"][0]["content"]))) for row in rows]
+    held_out = set(tokenizer.encode(tiny_world.validation_path.read_text()))
+    counts = Counter(token for tokens in seen for token in tokens)
+    poison = next(t for t, _ in counts.most_common() if t not in held_out and t > 2) if set(counts) - held_out else None
+    if poison is None:  # every word is held out too: then hold out the rows without it
+        poison = tokenizer.encode(" kites")[0]
+    good = [row for row, tokens in zip(rows, seen, strict=True) if poison not in tokens]
+    bad = [row for row, tokens in zip(rows, seen, strict=True) if poison in tokens]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good[:15], bad[0]]))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good[15:23]))
+    model = AutoModelForCausalLM.from_pretrained(tiny_world.teacher_folder)
+    head = model.get_output_embeddings().weight.detach().clone()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = float("nan")
+    model.save_pretrained(folder / "teacher")
+    for file in tiny_world.teacher_folder.iterdir():
+        if not (folder / "teacher" / file.name).exists():
+            shutil.copyfile(file, folder / "teacher" / file.name)
+    data = {"path": str(folder / "train.jsonl"), "eval_path": str(folder / "held_out.jsonl"), "eval_rows": 8}
+    return folder / "teacher", data
+
+
+def nan_config(make_config: Any, nan_teacher: Any, name: str, allowed: float) -> Config:
+    teacher, data = nan_teacher
+    config: Config = make_config(
+        run={"name": name},
+        teacher={"model": str(teacher)},
+        data=data,
+        objective={"on_policy_fraction": 0.0, "target": "top_k", "top_k": 16},
+        trainer={
+            "num_steps": 4,
+            "sequences_per_step": 4,
+            "sequences_per_micro_batch": 2,
+            "max_skipped_fraction": allowed,
+        },
+    )
+    return config
+
+
+def test_a_step_whose_teacher_answers_nan_is_skipped_and_counted(
+    vllm_pools: Pools, make_config: Any, nan_teacher: Any
+) -> None:
+    summary = run(nan_config(make_config, nan_teacher, "nan", 0.25), Pools(teachers=vllm_pools.teachers), QUIET)
+    assert summary.skipped_steps == 1
+    steps = lines(summary, "step")
+    assert [line["step"] for line in steps] == [0, 1, 2, 3]
+    bad = [line["step"] for line in steps if not np.isfinite(line["metrics"]["trainer/loss"])]
+    assert len(bad) == 1
+    warnings = [line["text"] for line in lines(summary, "warning")]
+    assert warnings == [f"step {bad[0]} was skipped: teacher answers are NaN or infinite"]
+    assert all(np.isfinite(tensor).all() for tensor in last_weights(summary, 4).values())
+    assert np.isfinite(summary.metrics["evaluate/kl_nats"])
+
+
+def test_more_skipped_steps_than_allowed_stop_the_run(vllm_pools: Pools, make_config: Any, nan_teacher: Any) -> None:
+    config = nan_config(make_config, nan_teacher, "too-many-nan", 0.0)
+    with pytest.raises(RunError, match=r"1 steps were skipped.*teacher answers are NaN.*max_skipped_fraction=0.0"):
+        run(config, Pools(teachers=vllm_pools.teachers), QUIET)
+    *_, end = read_record(config.run.output / "runs" / "too-many-nan")
+    assert (end["kind"], end["status"]) == ("end", "failed")
+
+
+def test_a_rollout_actor_killed_mid_run_is_replaced_and_no_step_is_lost(ray_cluster: Any, make_config: Any) -> None:
+    config = make_config(
+        run={"name": "killed"},
+        rollout={"engine": "hf", "num_actors": 2},
+        objective={"on_policy_fraction": 1.0},
+        trainer={"num_steps": 6},
+    )
+    pools = make_pools(config)
+    victim = pools.rollouts.prepare()[0]
+    pid = ray_cluster.get(victim)
+    killer = threading.Thread(target=kill_after_step, args=(config.run.output / "runs" / "killed", 1, pid), daemon=True)
+    killer.start()
+    try:
+        summary = run(config, pools, QUIET)
+        assert ray_cluster.get(pools.rollouts.prepare()[0]) != pid
+    finally:
+        pools.shutdown()
+    killer.join(5)
+    assert not killer.is_alive()
+    assert [line["step"] for line in lines(summary, "step")] == list(range(6))
+    assert Counter(line["metrics"]["trainer/tokens"] > 0 for line in lines(summary, "step")) == {True: 6}
+    # Every step trained on its 8 sequences, whoever sampled them.
+    sampled = Counter(span.step for span in read_spans(summary.folder) if span.stage == "rollout")
+    assert sampled == dict.fromkeys(range(6), 2)
+    assert summary.largest_gap_nats < 1e-5
+
+
+def kill_after_step(folder: Path, step: int, pid: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if any(line["kind"] == "step" and line["step"] >= step for line in read_record(folder)):
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def test_a_placement_that_does_not_fit_says_what_the_cluster_has(ray_cluster: Any, make_config: Any) -> None:
+    config = make_config(run={"name": "too-large"}, teacher={"num_gpus": 2}, trainer={"num_gpus": 1})
+    with pytest.raises(ResourceError, match=r"needs 3 GPUs \(trainer 1 x 1, teacher 1 x 2\).*the cluster has 0;"):
+        run(config, None, QUIET)
+    assert not (config.run.output / "runs" / "too-large").exists()

@@ -1,0 +1,192 @@
+"""A checkpoint folder is whole or absent, damage is recognised, and best, last and waiting ones are kept."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raydistill import checkpoint
+from raydistill.checkpoint import (
+    CheckpointKeeper,
+    checkpoint_folder,
+    load_checkpoint,
+    read_description,
+    save_checkpoint,
+)
+from raydistill.errors import RunError
+from raydistill.messages import StudentWeights
+from raydistill.quant.hashing import hash_tensors
+
+KL = "evaluate/kl_nats"
+
+
+def weights(version: int, size: int = 8) -> StudentWeights:
+    tensors = {
+        "q_proj.lora_A": np.full((2, size), version + 0.5, np.float32),
+        "q_proj.lora_B": np.eye(3, dtype=np.float32),
+    }
+    return StudentWeights(version=version, tensors=tensors, probe=None)
+
+
+def save(root: Path, version: int, **description: object) -> Path:
+    return save_checkpoint(root, weights(version), description)
+
+
+def versions(root: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step-")) for folder in root.glob("step-*"))
+
+
+@contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """The kernel refuses to write longer files, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = save(tmp_path, 150, codes_hash="abc")
+    assert folder == tmp_path / "step-000150" == checkpoint_folder(tmp_path, 150)
+    loaded = load_checkpoint(folder)
+    assert loaded.version == 150
+    assert loaded.probe is None
+    assert hash_tensors(loaded.tensors) == hash_tensors(weights(150).tensors)
+    assert read_description(folder) == {"version": 150, "codes_hash": "abc"}
+
+
+def test_saving_a_version_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 3, codes_hash="old")
+    save(tmp_path, 3, codes_hash="new")
+    assert read_description(checkpoint_folder(tmp_path, 3))["codes_hash"] == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("broken_call", ["save_file", "json.dumps", "os.rename"])
+def test_a_folder_that_is_written_half_never_has_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_call: str
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt  # the process ends here
+
+    owner, _, name = broken_call.rpartition(".")
+    monkeypatch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, die)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 7)
+    monkeypatch.undo()
+    assert versions(tmp_path) == []
+    assert load_checkpoint(save(tmp_path, 7)).version == 7  # what was left over is no obstacle
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
+
+
+def test_a_full_disk_is_a_run_error_and_the_earlier_checkpoint_stands(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with file_size_limit(4096), pytest.raises(RunError, match=r"step-000002 could not be written .*earlier ones stand"):
+        save_checkpoint(tmp_path, weights(2, size=100_000), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert load_checkpoint(checkpoint_folder(tmp_path, 1)).version == 1
+
+
+def test_a_full_disk_at_the_description_is_a_run_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_space)
+    with pytest.raises(RunError, match="No space left on device"):
+        save(tmp_path, 2)
+
+
+def truncate_weights(folder: Path) -> None:
+    data = (folder / "weights.safetensors").read_bytes()
+    (folder / "weights.safetensors").write_bytes(data[:-10])
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+
+
+def write_description(text: str) -> Any:
+    return lambda folder: (folder / "checkpoint.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate_weights,
+        flip_a_byte,
+        lambda folder: (folder / "weights.safetensors").write_bytes(b""),
+        lambda folder: (folder / "weights.safetensors").unlink(),
+        lambda folder: (folder / "checkpoint.json").unlink(),
+        write_description("{"),
+        write_description("{}"),
+        write_description("[]"),
+    ],
+    ids=["cut", "one bit", "empty", "no weights", "no description", "torn json", "no version", "a list"],
+)
+def test_damage_is_recognised(tmp_path: Path, damage: Any) -> None:
+    folder = save(tmp_path, 4, weights_hash=hash_tensors(weights(4).tensors))
+    assert load_checkpoint(folder).version == 4
+    damage(folder)
+    with pytest.raises(RunError, match=r"step-000004 is damaged"):
+        load_checkpoint(folder)
+
+
+def test_best_and_last_are_kept(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path)
+    assert keeper.best_version is None
+    kept = []
+    for version, kl in [(0, 0.9), (5, 0.3), (10, 0.5), (15, 0.4), (20, 0.2)]:
+        save(tmp_path, version)
+        assert keeper.evaluated(version, {KL: kl}) is (version in (0, 5, 20))
+        kept.append(versions(tmp_path))
+    assert kept == [[0], [5], [5, 10], [5, 15], [20]]
+    assert keeper.best_version == 20
+    assert json.loads((tmp_path / "best.json").read_text()) == {"version": 20, "folder": "step-000020", KL: 0.2}
+
+
+def test_a_version_that_waits_for_its_evaluation_is_kept_until_then(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path)
+    for version in (0, 5, 10, 15):  # the trainer is three evaluations ahead
+        save(tmp_path, version)
+    keeper.evaluated(0, {KL: 0.5})
+    keeper.evaluated(5, {KL: 0.6})
+    assert versions(tmp_path) == [0, 10, 15]
+    assert keeper.evaluated(10, {KL: 0.1})
+    assert versions(tmp_path) == [10, 15]
+    keeper.evaluated(15, {KL: 0.2})
+    assert versions(tmp_path) == [10, 15]
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path)
+    for version, kl in [(0, float("nan")), (5, 0.3), (10, float("nan"))]:
+        save(tmp_path, version)
+        keeper.evaluated(version, {KL: kl})
+    assert keeper.best_version == 5
+    assert versions(tmp_path) == [5, 10]
+
+
+def test_without_a_teacher_the_lowest_perplexity_is_the_best(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path)
+    for version, perplexity in [(0, 9.0), (5, 4.0)]:
+        save(tmp_path, version)
+        keeper.evaluated(version, {"evaluate/perplexity": perplexity})
+    assert keeper.best_version == 5
+    assert json.loads((tmp_path / "best.json").read_text())["evaluate/perplexity"] == 4.0
+
+
+def test_a_version_without_a_checkpoint_or_a_measure_is_not_the_best(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path)
+    save(tmp_path, 0)
+    assert not keeper.evaluated(0, {"evaluate/exact_match": 1.0})
+    assert not keeper.evaluated(5, {KL: 0.1})
+    assert keeper.best_version is None

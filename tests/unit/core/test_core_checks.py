@@ -1,0 +1,170 @@
+"""What is wrong with models and settings is said before anything starts, with the field and a way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, T5Config
+
+from raydistill.checks import check_models
+from raydistill.config import Config
+from raydistill.errors import ConfigError, ModelError, QuantError, UserError
+
+WORDS = ["<pad>", "<end>", "<stop>", "a", "b", "c", "d"]
+MakeFolder = Callable[..., Path]
+
+
+def save_tokenizer(folder: Path, words: list[str], end: str | None) -> None:
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token=end).save_pretrained(folder)
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """A model folder as the checks see it: config and tokenizer are real, the weights are never opened."""
+
+    def make(
+        name: str = "student",
+        words: list[str] = WORDS,
+        end: str | None = "<end>",
+        vocab_size: int = 16,
+        positions: int = 128,
+        weights: str = "model.safetensors",
+        **shape: int,
+    ) -> Path:
+        folder = tmp_path / name
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1} | shape
+        Qwen3Config(
+            vocab_size=vocab_size,
+            max_position_embeddings=positions,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            **sizes,
+        ).save_pretrained(folder)
+        save_tokenizer(folder, words, end)
+        (folder / weights).touch()
+        return folder
+
+    return make
+
+
+def config(student: Path | str | None, teacher: Path | str | None = None, **changes: Any) -> Config:
+    base: dict[str, Any] = {
+        "student": {"model": None if student is None else str(student)},
+        "teacher": {"model": None if teacher is None else str(teacher)},
+        "data": {"max_length": 64},
+        "rollout": {"max_new_tokens": 16},
+        "quant": {"group_size": 16},
+    }
+    return Config.model_validate(base | changes)
+
+
+def test_models_that_fit_together_pass_and_their_facts_come_back(make_folder: MakeFolder) -> None:
+    facts = check_models(config(make_folder(positions=96), make_folder("teacher", positions=128)))
+    assert (facts.vocab_size, facts.eos_ids, facts.max_length) == (16, (1,), 96)
+
+
+def test_padded_vocabularies_are_cut_to_the_shorter(make_folder: MakeFolder) -> None:
+    assert check_models(config(make_folder(), make_folder("teacher", vocab_size=24))).vocab_size == 16
+    # A word that only one tokenizer knows is padding for the other.
+    wider = make_folder("wider", words=[*WORDS, "<extra>"])
+    assert check_models(config(make_folder(), wider)).vocab_size == 16
+
+
+def test_vocabularies_that_differ_are_refused_with_the_first_id(make_folder: MakeFolder) -> None:
+    other = ["<pad>", "<end>", "<stop>", "a", "x", "c", "y"]
+    with pytest.raises(ModelError, match="disagree on 2 of 7 token ids, first at id 4: 'x' vs 'b'"):
+        check_models(config(make_folder(), make_folder("teacher", words=other)))
+
+
+def test_models_that_end_a_text_differently_are_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(ModelError) as error:
+        check_models(config(make_folder(), make_folder("teacher", end="<stop>")))
+    assert "student.model ends a text with ['<end>'], teacher.model with ['<stop>']" in str(error.value)
+    assert "generation_config.json" in str(error.value)
+
+
+def test_one_end_in_common_is_enough_and_the_generation_config_counts(make_folder: MakeFolder) -> None:
+    student = make_folder()
+    GenerationConfig(eos_token_id=[1, 2]).save_pretrained(student)
+    assert check_models(config(student, make_folder("teacher", end="<stop>"))).eos_ids == (1, 2)
+
+
+def test_a_model_without_an_end_is_refused_by_the_name_of_its_field(make_folder: MakeFolder) -> None:
+    without = make_folder("without", end=None)
+    with pytest.raises(ModelError, match=r"student.model=.* names no end-of-sequence token"):
+        check_models(config(without))
+    with pytest.raises(ModelError, match=r"teacher.model=.*without.* names no end-of-sequence token"):
+        check_models(config(make_folder(), without))
+
+
+def test_no_student_is_refused_with_two_ways_out() -> None:
+    with pytest.raises(ConfigError, match=r"student.model is not set.*--student.model FOLDER.*--world.name"):
+        check_models(config(None))
+
+
+def test_a_folder_that_is_no_model_is_told_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"student.model=.* is a folder without config.json.*it is empty"):
+        check_models(config(tmp_path / "empty"))
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(ModelError, match=r"it holds notes.txt"):
+        check_models(config(tmp_path / "empty"))
+
+
+def test_weights_that_are_not_safetensors_are_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(ModelError, match=r"student.model=.* has no \*.safetensors file.*save_pretrained"):
+        check_models(config(make_folder(weights="pytorch_model.bin")))
+
+
+def test_a_file_in_place_of_a_folder_is_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(ModelError, match=r"is a file; give the folder"):
+        check_models(config(make_folder() / "model.safetensors"))
+
+
+def test_a_missing_folder_is_told_the_nearest_name(make_folder: MakeFolder, tmp_path: Path) -> None:
+    make_folder("qwen3-tiny")
+    with pytest.raises(ModelError, match=r"does not exist; did you mean .*/qwen3-tiny\?"):
+        check_models(config(tmp_path / "qwen3-tyni"))
+    with pytest.raises(ModelError, match=r"teacher.model=.* does not exist"):
+        check_models(config(make_folder(), tmp_path / "nowhere" / "at" / "all"))
+
+
+def test_a_length_above_the_models_positions_is_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(ModelError, match=r"data.max_length=64 is longer than the model's 48 positions; lower it to 48"):
+        check_models(config(make_folder(positions=128), make_folder("teacher", positions=48)))
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer(make_folder: MakeFolder) -> None:
+    with pytest.raises(QuantError, match=r"group_size=32 does not divide the 48 inputs of layer .*mlp.down_proj"):
+        check_models(config(make_folder(), quant={"group_size": 32}))
+    check_models(config(make_folder(), quant={"group_size": 32, "skip": ("lm_head", "down_proj")}, adapter=ATTENTION))
+    check_models(config(make_folder(), quant={"group_size": "channel"}))
+
+
+ATTENTION = {"targets": ("q_proj", "v_proj")}
+
+
+def test_an_adapter_target_that_no_layer_has_is_told_the_nearest(make_folder: MakeFolder) -> None:
+    with pytest.raises(QuantError, match=r"adapter target 'q_porj' is no linear layer .* did you mean 'q_proj'\?"):
+        check_models(config(make_folder(), adapter={"targets": ("q_porj",)}))
+
+
+def test_a_model_of_another_kind_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    T5Config(vocab_size=16, d_model=32, num_layers=1, num_heads=2, d_ff=48, d_kv=16).save_pretrained(folder)
+    save_tokenizer(folder, WORDS, "<end>")
+    (folder / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"student.model=.* is no causal language model"):
+        check_models(config(folder))
+
+
+def test_a_broken_config_is_a_users_error(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"student.model=.* cannot be read as a model"):
+        check_models(config(folder))
