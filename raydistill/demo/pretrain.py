@@ -33,6 +33,7 @@ class TeacherRecipe:
     num_key_value_heads: int = 2
     head_dim: int = 32  # the smallest that vLLM serves on CPU
     mlp_size: int = 288
+    rope_theta: float = 10_000.0
     vocab_size: int = 512  # an upper bound: the tokenizer may need fewer
     max_length: int = 512
     num_steps: int = 1200
@@ -97,6 +98,7 @@ def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen
         num_key_value_heads=recipe.num_key_value_heads,
         head_dim=recipe.head_dim,
         max_position_embeddings=recipe.max_length,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -22,7 +22,7 @@ def loaded_after(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "config_load", "config_help", "cli"])
+@pytest.mark.parametrize("module", ["errors", "config", "config.load", "config.help", "cli"])
 def test_the_module_imports_no_heavy_library(module):
     assert loaded_after(f"import raydistill.{module}") == "[]\n"
 
@@ -83,11 +83,19 @@ def test_an_interrupt_is_one_line_and_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_a_run_that_cannot_go_on_is_one_line_and_exit_code_1(capsys):
+    def command(argv):
+        raise RunError("rollout-0 died again after 20 replacements")
+
+    assert main_with_errors(command, []) == 1
+    assert capsys.readouterr().err == "error: rollout-0 died again after 20 replacements\n"
+
+
 def test_other_errors_keep_their_traceback():
     def command(argv):
-        raise RunError("a bug or a failed run")
+        raise AssertionError("a bug")
 
-    with pytest.raises(RunError):
+    with pytest.raises(AssertionError):
         main_with_errors(command, [])
 
 

@@ -280,7 +280,7 @@ def test_without_rollouts_nothing_is_loaded() -> None:
 def test_weights_that_differ_from_the_trainers_end_the_run() -> None:
     world = World(make_config())
     world.load_changes = {"weights_hash": "hash-0"}  # right at version 0, one version old afterwards
-    with pytest.raises(StaleWeightsError, match="rollout-0 holds adapter hash-0 at version 1, .* published hash-1"):
+    with pytest.raises(StaleWeightsError, match=r"rollout-0 holds adapter hash-0 at version 1, .* published hash-1"):
         world.run()
     assert [event[1] for event in world.only("trained")] == [0]
 

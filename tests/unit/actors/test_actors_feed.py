@@ -1,0 +1,158 @@
+"""The feed between driver and ranks, as a plain class in one event loop."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raydistill.actors.feed import KEEP_VERSIONS, Feed
+from raydistill.errors import RunError
+from raydistill.messages import StepOutcome, StudentWeights
+
+
+def outcome(step: int) -> StepOutcome:
+    return StepOutcome(
+        step=step, version=step + 1, weights_hash="", codes_hash=None, skipped=None, metrics={}, spans=()
+    )
+
+
+def weights(version: int) -> StudentWeights:
+    return StudentWeights(version=version, tensors={"a": np.zeros(1, np.float32)}, probe=None)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 5))
+
+
+async def still_waits(task: asyncio.Task[Any]) -> bool:
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return not task.done()
+
+
+def test_a_lease_waits_for_its_offer_and_each_rank_gets_its_own() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        first, second = (asyncio.create_task(feed.lease(0, rank)) for rank in (0, 1))
+        await feed.offer(1, [["later"], ["later"]])
+        assert await still_waits(first)
+        await feed.offer(0, [["a", "b"], ["c"]])
+        assert await first == ["a", "b"]
+        assert await second == ["c"]
+
+    run(whole())
+
+
+def test_a_lease_can_be_repeated_until_the_rank_leases_a_later_step() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        for step in range(3):
+            await feed.offer(step, [[f"{step}-0"], [f"{step}-1"]])
+        assert await feed.lease(0, 0) == await feed.lease(0, 0) == ["0-0"]
+        assert await feed.lease(1, 0) == ["1-0"]
+        assert await still_waits(asyncio.create_task(feed.lease(0, 0)))
+        assert await feed.lease(0, 1) == ["0-1"]  # the other rank is behind and keeps its own
+        assert await feed.lease(2, 0) == ["2-0"]
+
+    run(whole())
+
+
+def test_offering_or_reporting_a_step_twice_is_harmless() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        await feed.offer(0, [["a"]])
+        await feed.offer(0, [["a"]])
+        await feed.report(outcome(0))
+        await feed.report(outcome(0))
+        assert await feed.lease(0, 0) == ["a"]
+        assert (await feed.outcome(0)).version == 1
+
+    run(whole())
+
+
+def test_an_outcome_is_waited_for_and_earlier_ones_are_let_go() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        waiting = asyncio.create_task(feed.outcome(1))
+        await feed.report(outcome(-1))
+        await feed.report(outcome(0))
+        assert await still_waits(waiting)
+        assert (await feed.outcome(-1)).version == (await feed.outcome(-1)).version == 0
+        await feed.report(outcome(1))
+        assert (await waiting).step == 1
+        assert await still_waits(asyncio.create_task(feed.outcome(0)))
+
+    run(whole())
+
+
+def test_weights_are_waited_for_and_only_the_newest_are_kept() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        waiting = asyncio.create_task(feed.weights(1))
+        await feed.publish(weights(0))
+        assert await still_waits(waiting)
+        await feed.publish(weights(1))
+        assert (await waiting).version == 1
+        for version in range(2, KEEP_VERSIONS + 2):
+            await feed.publish(weights(version))
+        for version in range(2, KEEP_VERSIONS + 2):
+            assert (await feed.weights(version)).version == version
+
+    run(whole())
+
+
+def test_a_version_that_was_let_go_is_an_error_and_not_a_wait_for_ever() -> None:
+    async def whole() -> None:
+        feed = Feed(keep_versions=2)
+        waiting = asyncio.create_task(feed.weights(5))
+        for version in (0, 10, 20):
+            await feed.publish(weights(version))
+        with pytest.raises(RunError, match=r"version 0 is not kept; the feed holds \[10, 20\]"):
+            await feed.weights(0)
+        with pytest.raises(RunError, match="version 5 is not kept"):  # was never published
+            await waiting
+
+    run(whole())
+
+
+def test_a_trainer_that_runs_ahead_by_the_staleness_loses_no_version_the_driver_still_asks_for() -> None:
+    async def whole(staleness: int) -> None:
+        feed = Feed(keep_versions=staleness + 2)
+        published = -1
+        for step in range(10):  # the driver is about to ask for version `step`; steps up to step - 1 + S are offered
+            while published < step + staleness:
+                published += 1
+                await feed.publish(weights(published))
+            assert (await feed.weights(step)).version == step
+
+    for staleness in range(5):
+        run(whole(staleness))
+
+
+def test_closing_wakes_everyone_with_the_reason() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        waiting = [asyncio.create_task(c) for c in (feed.lease(0, 0), feed.outcome(0), feed.weights(0))]
+        assert await still_waits(waiting[0])
+        await feed.close("the teacher died")
+        for task in waiting:
+            with pytest.raises(RunError, match="the feed is closed: the teacher died"):
+                await task
+        with pytest.raises(RunError, match="the teacher died"):
+            await feed.lease(3, 0)
+
+    run(whole())
+
+
+def test_what_was_there_before_closing_can_still_be_had() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        await feed.report(outcome(0))
+        await feed.publish(weights(1))
+        await feed.close("over")
+        assert (await feed.outcome(0)).step == 0
+        assert (await feed.weights(1)).version == 1
+
+    run(whole())

@@ -1,0 +1,147 @@
+"""What the teacher says about each completion token, whatever batch it was in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raydistill.actors import teacher as teacher_module
+from raydistill.actors.teacher import TeacherActor, top_k_with_tail
+from raydistill.config import ObjectiveSection, TeacherSection
+from raydistill.messages import Samples, TeacherDense, TeacherTopK, TokenRows
+
+VOCABULARY = 61
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [14, 15], [16] * 9]
+COMPLETIONS = [[20, 21, 1], list(range(22, 40)), [], [41], [42, 43, 44, 45]]
+
+
+def make_samples(rows: list[int]) -> Samples:
+    return Samples(
+        step=5,
+        indices=tuple(rows),
+        row_ids=tuple(f"row-{r}" for r in rows),
+        prompts=TokenRows.from_rows([PROMPTS[r] for r in rows]),
+        completions=TokenRows.from_rows([COMPLETIONS[r] for r in rows]),
+        policy_versions=(4,) * len(rows),
+        finish_reasons=("stop",) * len(rows),
+    )
+
+
+def start(folder: Path, batch_tokens: int = 16384, vocab_size: int = VOCABULARY, **objective: object) -> TeacherActor:
+    actor = TeacherActor("teacher-0")
+    section = TeacherSection(model=str(folder), dtype="float32", batch_tokens=batch_tokens)
+    name = actor.start(section, ObjectiveSection.model_validate(objective), vocab_size)
+    assert name == "Qwen3ForCausalLM"
+    return actor
+
+
+def whole_logprobs(folder: Path, rows: list[int], temperature: float = 1.0) -> np.ndarray:
+    """[N, V] float64 by the model's own forward, one unpadded sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    parts = []
+    for r in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([PROMPTS[r] + COMPLETIONS[r]])).logits[0].double()
+        first = len(PROMPTS[r]) - 1
+        parts.append(torch.log_softmax(logits[first : first + len(COMPLETIONS[r])] / temperature, -1))
+    return torch.cat(parts).numpy()
+
+
+def test_the_top_k_and_the_tail_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 200, generator=generator) * 4
+    logits[0] = torch.linspace(0, -90, 200)  # so peaked that 1 - sum of the top has no digit left
+    exact = torch.log_softmax(logits.double(), -1)
+    ids, top, tail = top_k_with_tail(torch.log_softmax(logits, -1), 64)
+    order = exact.argsort(-1, descending=True)
+    assert (ids.long() == order[:, :64]).all()
+    torch.testing.assert_close(top.double(), exact.gather(1, order[:, :64]), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(tail.double(), exact.gather(1, order[:, 64:]).logsumexp(-1), rtol=1e-6, atol=1e-5)
+    assert (ids.dtype, top.dtype, tail.dtype) == (torch.int32, torch.float32, torch.float32)
+    assert float(tail[0]) < -25  # 1 - sum gives 0 or 6e-8 there, or a negative number
+
+
+def test_no_token_is_left_for_the_tail_when_k_is_the_vocabulary() -> None:
+    ids, top, tail = top_k_with_tail(torch.log_softmax(torch.randn(3, 9), -1), 9)
+    assert torch.isneginf(tail).all()
+    assert not torch.isnan(top).any()
+    assert (ids.sort(-1).values == torch.arange(9)).all()
+
+
+def test_answers_are_those_of_the_whole_model_in_the_order_of_the_completions(tiny_qwen: Path) -> None:
+    rows = [0, 1, 2, 3, 4]
+    report, scored = start(tiny_qwen, top_k=8).score(make_samples(rows))
+    exact = whole_logprobs(tiny_qwen, rows)
+    assert isinstance(scored.target, TeacherTopK)
+    np.testing.assert_allclose(scored.target.logprobs_NK, -np.sort(-exact, axis=1)[:, :8], atol=1e-4)
+    np.testing.assert_allclose(
+        np.take_along_axis(exact, scored.target.ids_NK.astype(int), 1)[:, 0], exact.max(1), atol=1e-5
+    )
+    left = np.log(np.sort(np.exp(exact), axis=1)[:, :-8].sum(1))
+    np.testing.assert_allclose(scored.target.tail_logprob_N, left, atol=1e-4)
+    assert scored.samples.indices == (0, 1, 2, 3, 4)
+    assert (report.step, report.num_sequences, report.num_tokens) == (5, 5, 26)
+    assert report.span is not None
+    assert (report.span.stage, report.span.actor) == ("teacher", "teacher-0")
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 12, 40, 100_000])
+def test_the_answer_does_not_depend_on_the_batch(tiny_qwen: Path, batch_tokens: int) -> None:
+    rows = [4, 0, 3, 1, 2]
+    _, scored = start(tiny_qwen, batch_tokens, target="dense").score(make_samples(rows))
+    assert isinstance(scored.target, TeacherDense)
+    np.testing.assert_allclose(scored.target.logprobs_NV, whole_logprobs(tiny_qwen, rows), atol=1e-4)
+
+
+def test_the_answer_does_not_depend_on_the_block_of_rows(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = start(tiny_qwen, top_k=8)
+    _, whole = actor.score(make_samples([0, 1]))
+    monkeypatch.setattr(teacher_module, "LOGITS_ROWS", 4)
+    _, cut = actor.score(make_samples([0, 1]))
+    assert isinstance(whole.target, TeacherTopK)
+    assert isinstance(cut.target, TeacherTopK)
+    np.testing.assert_allclose(cut.target.logprobs_NK, whole.target.logprobs_NK, atol=1e-5)
+    np.testing.assert_array_equal(cut.target.ids_NK, whole.target.ids_NK)
+
+
+def test_the_padding_of_the_teachers_vocabulary_is_cut_before_the_softmax(tiny_qwen: Path) -> None:
+    _, scored = start(tiny_qwen, vocab_size=50, target="dense").score(make_samples([0, 1]))
+    assert isinstance(scored.target, TeacherDense)
+    assert scored.target.logprobs_NV.shape == (21, 50)
+    exact = whole_logprobs(tiny_qwen, [0, 1])[:, :50]
+    exact -= np.log(np.exp(exact).sum(1, keepdims=True))
+    np.testing.assert_allclose(scored.target.logprobs_NV, exact, atol=1e-4)
+    _, scored = start(tiny_qwen, vocab_size=50, top_k=64).score(make_samples([0, 1]))
+    assert isinstance(scored.target, TeacherTopK)
+    assert scored.target.ids_NK.shape == (21, 50)  # K is at most the vocabulary
+    assert np.isneginf(scored.target.tail_logprob_N).all()
+    assert scored.target.is_finite
+
+
+def test_answers_are_at_the_temperature_of_the_objective(tiny_qwen: Path) -> None:
+    _, scored = start(tiny_qwen, target="dense", temperature=2.5).score(make_samples([1, 3]))
+    assert isinstance(scored.target, TeacherDense)
+    np.testing.assert_allclose(scored.target.logprobs_NV, whole_logprobs(tiny_qwen, [1, 3], 2.5), atol=1e-4)
+
+
+def test_completions_that_are_all_empty_get_no_answers(tiny_qwen: Path) -> None:
+    _, scored = start(tiny_qwen, top_k=8).score(make_samples([2]))
+    assert isinstance(scored.target, TeacherTopK)
+    assert scored.target.ids_NK.shape == (0, 8)
+
+
+def test_a_teacher_that_is_held_already_is_not_loaded_again(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = start(tiny_qwen, top_k=8)
+    loads: list[object] = []
+    load = teacher_module.load_causal_lm
+    monkeypatch.setattr(teacher_module, "load_causal_lm", lambda *args: loads.append(args) or load(*args))
+    section = TeacherSection(model=str(tiny_qwen), dtype="float32")
+    actor.start(section, ObjectiveSection(target="dense"), 50)  # another objective needs no other weights
+    _, scored = actor.score(make_samples([0]))
+    assert isinstance(scored.target, TeacherDense)
+    assert scored.target.logprobs_NV.shape == (3, 50)
+    assert loads == []
+    actor.start(section.model_copy(update={"dtype": "bfloat16"}), ObjectiveSection(), 50)
+    assert len(loads) == 1
