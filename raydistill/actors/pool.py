@@ -83,9 +83,7 @@ class ActorPool(Generic[Actor]):
 
     async def _replace(self, index: int, dead: Any, error: BaseException) -> None:
         async with self._locks[index]:
-            if self._actors[index] is not dead:
-                return  # another waiting call replaced it already
-            while self._actors[index] is dead:
+            while self._actors[index] is dead:  # else another waiting call replaced it already
                 actor = self._next_after(index, error)
                 try:
                     await self._revive(actor, index)

@@ -70,7 +70,8 @@ class StudentWorkerExtension:
         adapter = self._spec.adapter
         helper = PEFTHelper(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=list(adapter.targets))
         helper.vllm_lora_scaling_factor = self._spec.scaling
-        named = {f"base_model.model.{key}.weight": tensor for key, tensor in state.items()}
+        # Copies: vLLM scales B in place, and the hash of `state` is compared with the trainer's.
+        named = {f"base_model.model.{key}.weight": tensor.clone() for key, tensor in state.items()}
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         lora = LoRAModel.from_lora_tensors(
             lora_model_id=adapter_id,

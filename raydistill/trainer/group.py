@@ -36,9 +36,10 @@ class TrainerGroup:
         resources = {"CPU": section.num_cpus}
         if section.num_gpus > 0:
             resources["GPU"] = section.num_gpus
+        job = self._job
         trainer = TorchTrainer(
-            lambda settings: train(settings["job"]),
-            train_loop_config={"job": self._job},
+            # A closure: Ray Train's controller would open a train_loop_config, and import the whole trainer for it.
+            lambda: train(job),
             scaling_config=ScalingConfig(
                 num_workers=section.num_workers, use_gpu=section.num_gpus > 0, resources_per_worker=resources
             ),

@@ -19,7 +19,16 @@ from raydistill.checkpoint import save_checkpoint
 from raydistill.config import Config
 from raydistill.losses.objective import Objective
 from raydistill.merge import split_scored
-from raydistill.messages import ProbeAnswers, Scored, Span, StepOutcome, StudentWeights, TokenRows, reduce_metrics
+from raydistill.messages import (
+    REFERENCE_VERSION,
+    ProbeAnswers,
+    Scored,
+    Span,
+    StepOutcome,
+    StudentWeights,
+    TokenRows,
+    reduce_metrics,
+)
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
@@ -62,6 +71,7 @@ class TrainerRank:
             student.enable_input_require_grads()
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._model = CompletionModel(student)
+        self._model.check_head("student.model")
         self._engine = DeepSpeedEngine(self._model, config.trainer, config.student.dtype)
         self._ranks = Ranks(world_size=world_size, sum=self._sum_over_ranks)
         o = config.objective
@@ -82,8 +92,10 @@ class TrainerRank:
         for step in range(self._config.trainer.num_steps):
             wait_start = time.time()
             micro_batches = self._lease(step)
+            self._check_staleness(micro_batches, version)
             start = time.time()
             self._model.train()
+            learning_rate = self._engine.learning_rate
             done = run_step(self._engine, self._objective, micro_batches, version, self._ranks, self._device)
             skipped += done.skipped is not None
             version += 1
@@ -91,7 +103,7 @@ class TrainerRank:
             weights_hash, codes_hash = self._publish(version)
             if self._rank == 0:
                 metrics = reduce_metrics(done.metrics) | {
-                    "trainer/learning_rate": self._engine.learning_rate,
+                    "trainer/learning_rate": learning_rate,
                     "trainer/skipped_steps": float(skipped),
                     "trainer/wait_s": start - wait_start,
                     "trainer/busy_s": trained - start,
@@ -112,6 +124,11 @@ class TrainerRank:
         refs = self._ask(self._job.feed.lease.remote(step, self._rank))
         parts = ray.get(refs, timeout=self._config.trainer.timeout_s)
         return split_scored(parts, self._config.trainer.sequences_per_micro_batch)
+
+    def _check_staleness(self, micro_batches: list[Scored], version: int) -> None:
+        versions = [v for m in micro_batches for v in m.samples.policy_versions if v != REFERENCE_VERSION]
+        oldest = min(versions, default=version)
+        assert version - oldest <= self._config.sync.max_staleness, f"version {oldest} reached the trainer at {version}"
 
     def _publish(self, version: int) -> tuple[str, str | None]:
         """Send version `version` to the feed if anyone needs it; checkpoint it if it will be evaluated."""

@@ -57,7 +57,9 @@ def sample_orders(engine: Any, prompts: TokenRows) -> dict[str, list[Completion]
     """The same prompts and seeds: again, in the opposite order, one at a time, and with other seeds."""
     rows, seeds = prompts.rows(), [1000 + i for i in range(len(prompts))]
     backwards = engine.sample(TokenRows.from_rows(rows[::-1]), SAMPLED, seeds[::-1])[::-1]
-    alone = [engine.sample(TokenRows.from_rows([row]), SAMPLED, [seed])[0] for row, seed in zip(rows, seeds, strict=True)]
+    alone = [
+        engine.sample(TokenRows.from_rows([row]), SAMPLED, [seed])[0] for row, seed in zip(rows, seeds, strict=True)
+    ]
     return {
         "first": engine.sample(prompts, SAMPLED, seeds),
         "again": engine.sample(prompts, SAMPLED, seeds),

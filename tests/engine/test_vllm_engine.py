@@ -228,7 +228,9 @@ def test_the_end_token_stays_and_lengths_keep_their_bounds(
 def test_both_finish_reasons_occur(vllm: Any) -> None:
     """Else the test of ends proves nothing."""
     for kind in ("greedy", "long_greedy"):
-        reasons = {c.finish_reason for name in SCENARIOS for answers in vllm(name)["answers"] for c in getattr(answers, kind)}
+        reasons = {
+            c.finish_reason for name in SCENARIOS for answers in vllm(name)["answers"] for c in getattr(answers, kind)
+        }
         assert reasons == {"stop", "length"}, kind
 
 
@@ -277,7 +279,7 @@ def test_an_adapter_one_version_old_is_caught_by_its_hash_where_the_gap_passes(t
     bound = Config.model_validate({"student": {"dtype": "float32"}}).policy_gap_bound_nats
     assert all(report.gap_mean_nats is not None and report.gap_mean_nats < bound for report in reports)
     sync(reports[0], weights[0])
-    with pytest.raises(StaleWeightsError, match="rollout-0 holds adapter .* the trainer published"):
+    with pytest.raises(StaleWeightsError, match=r"rollout-0 holds adapter .* the trainer published"):
         sync(reports[1], weights[1])
 
 
@@ -293,7 +295,13 @@ def sync(report: LoadReport, weights: StudentWeights) -> None:
                 raise Enough
             published = hash_tensors(weights.tensors)
             return StepOutcome(
-                step=-1, version=0, weights_hash=published, codes_hash=report.codes_hash, skipped=None, metrics={}, spans=()
+                step=-1,
+                version=0,
+                weights_hash=published,
+                codes_hash=report.codes_hash,
+                skipped=None,
+                metrics={},
+                spans=(),
             )
 
         def weights(self, version: int) -> None:

@@ -188,9 +188,11 @@ class World:
 
     def run(self, **changes: Any) -> LoopSummary:
         async def whole() -> LoopSummary:
-            summary = await asyncio.wait_for(DistillationLoop(self.config, self.roles(**changes)).run(), 20)
-            assert asyncio.all_tasks() == {asyncio.current_task()}, "the loop left tasks behind"
-            return summary
+            try:
+                return await asyncio.wait_for(DistillationLoop(self.config, self.roles(**changes)).run(), 20)
+            finally:
+                await asyncio.sleep(0.01)
+                assert asyncio.all_tasks() == {asyncio.current_task()}, "the loop left tasks behind"
 
         return asyncio.run(whole())
 
@@ -361,16 +363,8 @@ def test_evaluation_runs_beside_training() -> None:
 def test_an_error_in_any_task_ends_the_run_with_that_error(place: str, staleness: int) -> None:
     world = World(make_config(staleness=staleness))
     world.fail = {place: ModelError(f"{place} failed")}
-
-    async def whole() -> None:
-        try:
-            await asyncio.wait_for(DistillationLoop(world.config, world.roles()).run(), 20)
-        finally:
-            await asyncio.sleep(0.01)
-            assert asyncio.all_tasks() == {asyncio.current_task()}, "the loop left tasks behind"
-
     with pytest.raises(ModelError, match=f"^{place} failed$"):
-        asyncio.run(whole())
+        world.run()
 
 
 def test_a_reference_that_cannot_be_scored_ends_the_run_while_others_wait() -> None:

@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from raydistill.losses.divergence import generalized_jsd
-from raydistill.losses.objective import Objective
+from raydistill.losses.objective import Objective, TokenLosses
 from raydistill.losses.targets import dense_classes
 from raydistill.merge import merge_scored, take_scored
 from raydistill.messages import REFERENCE_VERSION, Samples, Scored, TeacherDense, TeacherTopK, TokenRows, reduce_metrics
@@ -115,7 +116,7 @@ class PlainEngine:
         if not math.isfinite(norm):
             return False, norm
         assert not bad, "a step that is dropped must be dropped by its gradient on every rank"
-        self.clipped = gradient * min(1.0, MAX_NORM / norm)
+        self.clipped = gradient * min(1.0, MAX_NORM / max(norm, 1e-12))
         with torch.no_grad():
             pieces = torch.split(self.clipped, [p.numel() for p in parameters])
             for parameter, piece in zip(parameters, pieces, strict=True):
@@ -260,6 +261,16 @@ def test_an_infinite_loss_skips_the_step_on_all_ranks(
     tail[0] = -math.inf  # legal, but the student has mass there: the reverse KL is infinite
     ranks = split(with_answers(step, tail_logprob_N=tail), layout)
     assert_skipped(model, train(model, ranks, Objective(beta=1.0)), "the loss is NaN or infinite")
+
+
+def test_an_infinite_loss_skips_the_step_though_its_gradient_is_finite(model: nn.Module, step: Scored) -> None:
+    class Shifted(Objective):
+        def token_losses(self, *inputs: Any) -> TokenLosses:
+            losses = super().token_losses(*inputs)
+            return replace(losses, loss_N=losses.loss_N + math.inf)
+
+    ranks = split(step, LAYOUTS["2 ranks x 2 micro-batches"])
+    assert_skipped(model, train(model, ranks, Shifted(beta=0.3)), "the loss is NaN or infinite")
 
 
 def test_a_gradient_that_overflows_skips_the_step_though_the_loss_is_finite(model: nn.Module, step: Scored) -> None:
