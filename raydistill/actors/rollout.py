@@ -78,6 +78,8 @@ class RolloutActor:
     def load(self, weights: StudentWeights, want_codes: bool) -> LoadReport:
         """Hold this version; compare the probes' log-probs with the trainer's at the same version."""
         assert self._engine is not None
+        if weights.version < self._version:
+            raise StaleWeightsError(f"{self._name} holds version {self._version}, it was sent {weights.version}")
         start = time.time()
         weights_hash, codes_hash = self._engine.load(weights, want_codes)
         self._version = weights.version

@@ -71,7 +71,7 @@ class TrainerRank:
             student.enable_input_require_grads()
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._model = CompletionModel(student)
-        self._model.check_head("student.model")
+        self._model.eval().check_head("student.model")
         self._engine = DeepSpeedEngine(self._model, config.trainer, config.student.dtype)
         self._ranks = Ranks(world_size=world_size, sum=self._sum_over_ranks)
         o = config.objective
