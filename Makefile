@@ -16,10 +16,11 @@ setup: $(VENV)/.installed  ## a virtual environment with the pinned packages (ab
 $(VENV)/.installed: $(PINS) requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "error: the pinned packages are for Python 3.11, found '$(PYTHON)'; name one: make setup PYTHON=python3.11" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --progress-bar on -r $(PINS) -r requirements/dev.txt || { \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV): about 5 minutes, 5 GB"
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r $(PINS) -r requirements/dev.txt || { \
 	  echo "error: the pinned packages could not be installed. If torch==...+cpu was not found, point pip at PyTorch's CPU wheels: PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> or PIP_FIND_LINKS=<folder with the wheel>, then run make again." >&2; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 demo: setup  ## the whole system on a world that needs no download; prints the table

@@ -14,7 +14,6 @@ from raydistill.messages import (
     EvalReport,
     LoadReport,
     PromptBatch,
-    Samples,
     Span,
     StageReport,
     StepOutcome,
@@ -105,17 +104,3 @@ class Roles:
     evaluator: Evaluator | None
     records: Records
     reference_parts: Any  # (Samples) -> list[Sampled]: references split over ranks
-
-
-__all__ = [
-    "Evaluator",
-    "Handle",
-    "PromptSource",
-    "Records",
-    "Roles",
-    "Rollouts",
-    "Sampled",
-    "Samples",
-    "Teachers",
-    "Trainer",
-]

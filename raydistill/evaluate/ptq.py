@@ -43,26 +43,6 @@ class PtqChoice:
         return [{"format": fmt.name, "kl_nats": kl, "chosen": fmt == self.best} for fmt, kl in order]
 
 
-def search_grid(
-    model_folder: str | Path,
-    bits: Bits,
-    group_size: int | None,
-    examples: Sequence[Example],
-    *,
-    teacher: str | Path | None = None,
-    scale_dtype: ScaleDtype = "float16",
-    skip: tuple[str, ...] = SKIP,
-    dtype: str | None = None,
-    on_grid: OnGrid | None = None,
-) -> PtqChoice:
-    """`search_grids` of one bit width."""
-    choices = search_grids(
-        model_folder, [bits], group_size, examples,
-        teacher=teacher, scale_dtype=scale_dtype, skip=skip, dtype=dtype, on_grid=on_grid,
-    )  # fmt: skip
-    return choices[bits]
-
-
 def search_grids(
     model_folder: str | Path,
     bits: Sequence[Bits],

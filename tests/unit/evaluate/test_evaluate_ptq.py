@@ -5,7 +5,7 @@ import torch
 
 from raydistill.errors import QuantError
 from raydistill.evaluate.held_out import answer_held_out, score_answers
-from raydistill.evaluate.ptq import choose_grid, export_ptq, search_grid, search_grids
+from raydistill.evaluate.ptq import choose_grid, export_ptq, search_grids
 from raydistill.quant.baselines import apply_ptq, ptq_grids
 from raydistill.quant.export import load_exported, packed_bytes, read_manifest
 from raydistill.tensors import CompletionModel
@@ -50,12 +50,12 @@ def test_more_bits_are_nearer_to_the_teacher_and_the_teacher_may_be_another_mode
     assert [choice.best.bits for choice in choices.values()] == [2, 3, 4]
     kls = [choice.kl_nats[choice.best] for choice in choices.values()]
     assert kls == sorted(kls, reverse=True)
-    far = search_grid(world.teacher, 4, 32, examples, teacher=world.other)
+    far = search_grids(world.teacher, [4], 32, examples, teacher=world.other)[4]
     assert far.kl_nats[far.best] > kls[0]
 
 
 def test_the_export_is_the_model_that_was_measured(world, tmp_path):
-    choice = search_grid(world.teacher, 2, 32, world.examples)
+    choice = search_grids(world.teacher, [2], 32, world.examples)[2]
     out = tmp_path / "ptq"
     codes_hash = export_ptq(world.teacher, choice.best, out)
     assert read_manifest(out)["codes_hash"] == codes_hash
