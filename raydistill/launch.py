@@ -51,10 +51,11 @@ class Pools:
 
     rollouts: Any = None
     teachers: Any = None
+    evaluator: Any = None
 
     def shutdown(self) -> None:
         """End every actor."""
-        for pool in (self.rollouts, self.teachers):
+        for pool in (self.rollouts, self.teachers, self.evaluator):
             if pool is not None:
                 pool.shutdown()
 
@@ -87,11 +88,12 @@ def start_cluster(config: Config) -> None:
 
 def make_pools(config: Config) -> Pools:
     """Start the actors of a config's pools; engines and teachers are built when a run begins."""
-    from raydistill.actors.pools import RolloutPool, TeacherPool
+    from raydistill.actors.pools import EvaluatorRole, RolloutPool, TeacherPool
 
     return Pools(
         rollouts=RolloutPool(config.rollout) if config.needs_rollout_pool else None,
         teachers=TeacherPool(config.teacher, config.rollout.timeout_s) if config.needs_teacher else None,
+        evaluator=EvaluatorRole(config.evaluation, config.rollout.timeout_s),
     )
 
 
@@ -174,7 +176,6 @@ class Launch:
         import ray
 
         from raydistill.actors.feed import Feed
-        from raydistill.actors.pools import EvaluatorRole
         from raydistill.checkpoint import CheckpointKeeper
         from raydistill.driver_records import DriverRecords
         from raydistill.loop import DistillationLoop
@@ -185,7 +186,7 @@ class Launch:
             self._pools = make_pools(config)
         feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000).remote(config.sync.max_staleness + 2)
         trainer = TrainerGroup(config, feed, self._inputs.probes(), self._folder)
-        evaluator = EvaluatorRole(config.evaluation, config.rollout.timeout_s)
+        evaluator = self._pools.evaluator
         trainer.start()
         try:
             with self._console.status("starting engines, teachers and trainer workers"):
@@ -203,7 +204,6 @@ class Launch:
             await trainer.abort(str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise
         finally:
-            evaluator.shutdown()
             ray.kill(feed)
             if self._own_pools:
                 self._pools.shutdown()

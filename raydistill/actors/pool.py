@@ -41,6 +41,11 @@ class ActorPool(Generic[Actor]):
         self._replacements = 0
         self._is_shut_down = False
 
+    def begin_run(self) -> None:
+        """A new run, usually in an event loop of its own: locks belong to a loop, replacements are counted per run."""
+        self._locks = [asyncio.Lock() for _ in self._actors]
+        self._replacements = 0
+
     def __len__(self) -> int:
         return len(self._actors)
 

@@ -83,6 +83,7 @@ class RolloutPool:
     ) -> None:
         """Arm the pool for one run: build every engine."""
         self._config, self._held_out, self._seed_of = config, held_out, seed_of
+        self._pool.begin_run()
         self._spec, self._newest = spec, None
         self._settings = _settings(config)
         self.engine_names = await self._pool.broadcast("start", spec)
@@ -189,6 +190,7 @@ class TeacherPool:
 
     async def begin(self, section: TeacherSection, objective: ObjectiveSection, vocab_size: int) -> None:
         """Arm the pool for one run: load the teacher on every actor (those that hold it already keep it)."""
+        self._pool.begin_run()
         self._arguments = (section, objective, vocab_size)
         self.class_names = await self._pool.broadcast("start", *self._arguments)
 
@@ -221,6 +223,7 @@ class EvaluatorRole:
     ) -> None:
         """Build the student and keep the teacher's answers on the held-out references."""
         self._references = references
+        self._lock = asyncio.Lock()  # a lock belongs to one event loop, and each run has its own
         await asyncio.wait_for(self.actor.start.remote(spec, objective), START_TIMEOUT_S)
         if scored:
             await asyncio.wait_for(self.actor.hold_out.remote(*scored), START_TIMEOUT_S)

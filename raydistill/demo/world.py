@@ -37,6 +37,7 @@ QUESTIONS_RECIPE = TeacherRecipe(
     hidden_size=128,
     num_layers=4,
     mlp_size=384,
+    rope_theta=10_000.0,
     vocab_size=2048,
     num_steps=400,
     batch_size=16,
