@@ -296,7 +296,8 @@ class Launch:
     async def _export(self, record: Any, evaluator: Any, keeper: Any, outcome: Any) -> RunSummary:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
         from raydistill.checkpoint import read_description
-        from raydistill.results.record import read_spans
+        from raydistill.results.plots import plot_spans, plot_training
+        from raydistill.results.record import read_record, read_spans
         from raydistill.results.timeline import bottleneck, stage_times
 
         start, config = time.time(), self._config
@@ -309,7 +310,11 @@ class Launch:
             raise RunError(f"export {export} has codes {codes_hash}, version {version} was trained with {trained}")
         record.artifact("checkpoint", checkpoint)
         record.artifact("export", export)
+        plots = self._folder / "plots"
+        plots.mkdir(exist_ok=True)
         spans = read_spans(self._folder)
+        record.artifact("training", plot_training(read_record(self._folder), plots / "training.png"))
+        record.artifact("spans", plot_spans(spans, plots / "spans.png"))
         line, times = bottleneck(spans), stage_times(spans)
         rate = await self._pools.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None  # type: ignore[union-attr]
         self._console.print(line, style="dim")

@@ -150,8 +150,7 @@ class Study:
 
     def _report(self, config: Config, rows: Sequence[SummaryRow], runs: dict[str, RunSummary]) -> dict[str, Any]:
         """Plots, summary.json, and the words under the table."""
-        from raydistill.results.plots import plot_bytes_kl, plot_spans, plot_training
-        from raydistill.results.record import read_record, read_spans
+        from raydistill.results.plots import plot_bytes_kl
         from raydistill.results.verdict import next_steps, verdict
 
         main = runs[config.study.arms[0]]
@@ -159,8 +158,8 @@ class Study:
         plots.mkdir(parents=True, exist_ok=True)
         files = {
             "bytes_kl": plot_bytes_kl(rows, plots / "bytes_kl.png"),
-            "training": plot_training(read_record(main.folder), plots / "training.png"),
-            "spans": plot_spans(read_spans(main.folder), plots / "spans.png"),
+            "training": main.folder / "plots" / "training.png",
+            "spans": main.folder / "plots" / "spans.png",
         }
         summary = {
             "rows": [row_json(row) for row in rows],
