@@ -360,7 +360,7 @@ def nan_config(make_config: Any, nan_teacher: Any, name: str, allowed: float) ->
 def test_a_step_whose_teacher_answers_nan_is_skipped_and_counted(
     vllm_pools: Pools, make_config: Any, nan_teacher: Any
 ) -> None:
-    summary = run(nan_config(make_config, nan_teacher, "nan", 0.25), Pools(teachers=vllm_pools.teachers), QUIET)
+    summary = run(nan_config(make_config, nan_teacher, "nan", 0.25), Pools(teachers=vllm_pools.teachers, evaluator=vllm_pools.evaluator), QUIET)
     assert summary.skipped_steps == 1
     steps = lines(summary, "step")
     assert [line["step"] for line in steps] == [0, 1, 2, 3]
@@ -375,7 +375,7 @@ def test_a_step_whose_teacher_answers_nan_is_skipped_and_counted(
 def test_more_skipped_steps_than_allowed_stop_the_run(vllm_pools: Pools, make_config: Any, nan_teacher: Any) -> None:
     config = nan_config(make_config, nan_teacher, "too-many-nan", 0.0)
     with pytest.raises(RunError, match=r"1 steps were skipped.*teacher answers are NaN.*max_skipped_fraction=0.0"):
-        run(config, Pools(teachers=vllm_pools.teachers), QUIET)
+        run(config, Pools(teachers=vllm_pools.teachers, evaluator=vllm_pools.evaluator), QUIET)
     *_, end = read_record(config.run.output / "runs" / "too-many-nan")
     assert (end["kind"], end["status"]) == ("end", "failed")
 
