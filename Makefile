@@ -29,8 +29,8 @@ demo: setup  ## the whole system on a world that needs no download; prints the t
 check: setup lint types unit  ## lint, types and unit tests, under 2 minutes
 
 lint: setup
-	$(BIN)/ruff check raydistill tests tune benchmarks
-	$(BIN)/ruff format --check raydistill tests tune benchmarks
+	$(BIN)/ruff check raydistill tests benchmarks
+	$(BIN)/ruff format --check raydistill tests benchmarks
 
 types: setup
 	$(BIN)/mypy

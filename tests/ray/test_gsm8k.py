@@ -26,7 +26,14 @@ def study(ray_cluster: Any, tmp_path: Path) -> Any:
     settings += ["--world.recipe.num_steps", "60", "--world.recipe.num_layers", "2", "--run.output", str(tmp_path)]
     settings += ["--data.max_rows", "400", "--data.eval_rows", "32", "--data.max_length", "256"]
     settings += ["--trainer.num_steps", "6", "--trainer.sequences_per_step", "8"]
-    settings += ["--trainer.sequences_per_micro_batch", "8", "--evaluation.eval_every", "6", "--trainer.learning_rate", "5e-4"]
+    settings += [
+        "--trainer.sequences_per_micro_batch",
+        "8",
+        "--evaluation.eval_every",
+        "6",
+        "--trainer.learning_rate",
+        "5e-4",
+    ]
     settings += [
         "--study.arms",
         "on-policy,off-policy",

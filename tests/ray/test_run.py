@@ -360,7 +360,11 @@ def nan_config(make_config: Any, nan_teacher: Any, name: str, allowed: float) ->
 def test_a_step_whose_teacher_answers_nan_is_skipped_and_counted(
     vllm_pools: Pools, make_config: Any, nan_teacher: Any
 ) -> None:
-    summary = run(nan_config(make_config, nan_teacher, "nan", 0.25), Pools(teachers=vllm_pools.teachers, evaluator=vllm_pools.evaluator), QUIET)
+    summary = run(
+        nan_config(make_config, nan_teacher, "nan", 0.25),
+        Pools(teachers=vllm_pools.teachers, evaluator=vllm_pools.evaluator),
+        QUIET,
+    )
     assert summary.skipped_steps == 1
     steps = lines(summary, "step")
     assert [line["step"] for line in steps] == [0, 1, 2, 3]
