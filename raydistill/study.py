@@ -9,6 +9,7 @@ Ray starts and vLLM is imported while the teacher trains.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -158,8 +159,8 @@ class Study:
         plots.mkdir(parents=True, exist_ok=True)
         files = {
             "bytes_kl": plot_bytes_kl(rows, plots / "bytes_kl.png"),
-            "training": main.folder / "plots" / "training.png",
-            "spans": main.folder / "plots" / "spans.png",
+            "training": Path(shutil.copy(main.folder / "plots" / "training.png", plots)),
+            "spans": Path(shutil.copy(main.folder / "plots" / "spans.png", plots)),
         }
         summary = {
             "rows": [row_json(row) for row in rows],
