@@ -59,11 +59,15 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what summary.json holds."""
+        import ray
+
         from raydistill.launch import make_pools, start_cluster
+        from raydistill.placement import check_placement, placement_plan
         from raydistill.worlds import build_world, with_world
 
         with self._stage("start"):
             start_cluster(self._config)
+            check_placement(placement_plan(self._config), ray.cluster_resources())
             pools = make_pools(self._config)
             if pools.rollouts is not None:
                 pools.rollouts.prepare()  # imports go on while the teacher trains
