@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PINS ?= requirements/cpu.txt
 export OMP_NUM_THREADS ?= 1
 
+SHELL := /bin/bash
+
 .PHONY: help setup demo test check lint types unit clean
 
 help:  ## what each target does
@@ -18,7 +20,8 @@ $(VENV)/.installed: $(PINS) requirements/dev.txt pyproject.toml
 	  echo "error: the pinned packages are for Python 3.11, found '$(PYTHON)'; name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV): about 5 minutes, 5 GB"
-	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r $(PINS) -r requirements/dev.txt || { \
+	@set -o pipefail; $(BIN)/pip install --disable-pip-version-check --no-deps --progress-bar off -r $(PINS) -r requirements/dev.txt 2> >(grep -v ^WARNING: >&2) \
+	  | awk -v total="$$(cat $(PINS) requirements/dev.txt | grep -c '==')" -f requirements/progress.awk || { \
 	  echo "error: the pinned packages could not be installed. If torch==...+cpu was not found, point pip at PyTorch's CPU wheels: PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> or PIP_FIND_LINKS=<folder with the wheel>, then run make again." >&2; exit 1; }
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@

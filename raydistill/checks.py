@@ -20,6 +20,7 @@ class ModelFacts:
 
     tokenizer: Any
     vocab_size: int  # ids that both models have
+    student_vocab_size: int  # the student's own: rows above `vocab_size` are padding, which must not be sampled
     eos_ids: tuple[int, ...]
     max_length: int  # positions of the shorter model
 
@@ -51,6 +52,7 @@ def check_models(config: Config) -> ModelFacts:
     return ModelFacts(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        student_vocab_size=model_config.vocab_size,
         eos_ids=_eos_ids("student.model", student, tokenizer),
         max_length=max_length,
     )

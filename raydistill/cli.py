@@ -60,9 +60,11 @@ examples:
 
 def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn what ends it into an exit code; `sys.exit(main_with_errors(config_command))`."""
-    quiet_libraries()
+    arguments = sys.argv[1:] if argv is None else argv
+    if "--verbose" not in arguments:
+        quiet_libraries()
     try:
-        code = command(sys.argv[1:] if argv is None else argv) or 0
+        code = command(arguments) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -96,6 +98,16 @@ def command_parser(verb: str, summary: str, examples: str = "", takes_config: bo
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def run_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], json_help: str) -> tuple[bool, list[str]]:
+    """Switches of the verbs that run something: (whether `--json` was given, the config arguments that are left)."""
+    parser.add_argument("--json", action="store_true", help=json_help)
+    parser.add_argument(
+        "--verbose", action="store_true", help="let vLLM, Ray and DeepSpeed write to the console (as --run.verbose)"
+    )
+    options, settings = parser.parse_known_args(list(argv))
+    return options.json, [*settings, *(["--run.verbose", "true"] if options.verbose else [])]
 
 
 def config_command(argv: Sequence[str]) -> int:

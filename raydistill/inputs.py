@@ -68,12 +68,14 @@ class RunInputs:
         from raydistill.actors.rollout import EngineSpec
         from raydistill.models import StudentSpec
 
+        facts = self.facts
         return EngineSpec(
             student=StudentSpec.of(self.config),
             rollout=self.config.rollout,
             max_model_len=self.engine_length,
-            eos_ids=self.facts.eos_ids,
+            eos_ids=facts.eos_ids,
             probes=self.probes(),
+            sampled_ids=facts.vocab_size if facts.vocab_size < facts.student_vocab_size else None,
         )
 
 

@@ -8,7 +8,6 @@ Pools are made apart from runs, so a study or a sweep hands the same actors to s
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 import uuid
@@ -122,6 +121,7 @@ class Launch:
 
         from raydistill.inputs import load_inputs
         from raydistill.placement import check_placement, placement_plan
+        from raydistill.results.recorded import recorded
 
         start = time.time()
         self._inputs = load_inputs(self._config, self._console)
@@ -132,45 +132,9 @@ class Launch:
         start_cluster(config)
         check_placement(placement_plan(config), ray.cluster_resources())
         self._seconds["checks"] = time.time() - start
-        return await self._recorded()
-
-    async def _recorded(self) -> RunSummary:
-        """Everything from here on is in the run's record, failures included."""
-        from raydistill.results.deliver import retry_command, start_delivery
-        from raydistill.results.provenance import collect
-        from raydistill.results.record import RunRecord
-        from raydistill.results.store import default_uri
-
-        config = self._config
-        record = RunRecord(self._folder)
-        settings = json.loads(config.model_dump_json())
-        record.start(
-            name=self._folder.name,
-            config=settings,
-            provenance=collect(),
-            seed=config.run.seed,
-            data_fingerprint=self._inputs.data.fingerprint,
-        )
-        uri = config.results.uri or default_uri(config.run.output.absolute())
-        delivery = start_delivery(self._folder, uri, config.results.experiment)
-        try:
-            summary = await self._train(record)
-            record.end("finished")
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            record.end("interrupted")
-            raise
-        except BaseException as error:
-            record.end("failed", str(error))
-            raise
-        finally:
-            record.close()
-            if not await asyncio.to_thread(delivery.finish):
-                self._console.print(
-                    f"warning: the results store is behind ({delivery.problem}); deliver later with "
-                    f"`{retry_command(self._folder)}`",
-                    style="yellow",
-                )
-        return summary
+        # Everything from here on is in the run's record, failures included.
+        with recorded(self._folder, config, self._console, self._inputs.data.fingerprint) as record:
+            return await self._train(record)
 
     async def _train(self, record: Any) -> RunSummary:
         import ray

@@ -16,10 +16,17 @@ CHATTY_LOGGERS = {
 """Logger -> what it would say; all of it below the level of an error."""
 
 
+def is_error(record: logging.LogRecord) -> bool:
+    """Whether a log record is worth a line on our console."""
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
-    """Raise the loggers' levels; imports nothing. Called before the libraries are imported."""
+    """Let only errors of these loggers through; imports nothing. Called before the libraries are imported."""
     for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)  # its children follow
+        logger.addFilter(is_error)  # DeepSpeed sets its level again when it is imported, and writes to stdout
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,18 +61,10 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what summary.json holds."""
-        import ray
-
-        from raydistill.launch import make_pools, start_cluster
-        from raydistill.placement import check_placement, placement_plan
         from raydistill.worlds import build_world, with_world
 
         with self._stage("start"):
-            start_cluster(self._config)
-            check_placement(placement_plan(self._config), ray.cluster_resources())
-            pools = make_pools(self._config)
-            if pools.rollouts is not None:
-                pools.rollouts.prepare()  # imports go on while the teacher trains
+            pools = self._start()
         try:
             with self._stage("teacher"):
                 world = build_world(self._config, self._console)
@@ -84,6 +78,23 @@ class Study:
             targets = {"teacher": Path(config.teacher.model or ""), **folders}
             rows = self._evaluate(config, targets | {arm: s.export for arm, s in runs.items()}, world.test_path)
         return self._report(config, rows, runs)
+
+    def _start(self) -> Pools:
+        """A cluster with the study's actors on it; what they import goes on while the teacher trains."""
+        import ray
+
+        from raydistill.launch import make_pools, start_cluster
+        from raydistill.placement import check_placement, placement_plan
+
+        with ThreadPoolExecutor(max_workers=1) as threads:
+            imports = threads.submit(import_module, "raydistill.actors.pools")  # as slow as Ray's start: side by side
+            start_cluster(self._config)
+            imports.result()
+        check_placement(placement_plan(self._config), ray.cluster_resources())
+        pools = make_pools(self._config)
+        if pools.rollouts is not None:
+            pools.rollouts.prepare()
+        return pools
 
     def _quantize(self, config: Config, validation: Path) -> tuple[dict[str, Path], Config]:
         """Export the best PTQ of each width; the student trains on the best grid of its own."""
@@ -166,6 +177,7 @@ class Study:
             "training": Path(shutil.copy(main.folder / "plots" / "training.png", plots)),
             "spans": Path(shutil.copy(main.folder / "plots" / "spans.png", plots)),
         }
+        self._record_comparison(config, rows, files)
         summary = {
             "rows": [row_json(row) for row in rows],
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
@@ -180,6 +192,17 @@ class Study:
         temporary.replace(path)
         self.rows, self.summary_path = rows, path
         return summary
+
+    def _record_comparison(self, config: Config, rows: Sequence[SummaryRow], plots: dict[str, Path]) -> None:
+        """The table and its plots as an entry of their own in the results store, beside the arms' runs."""
+        from raydistill.results.recorded import recorded
+        from raydistill.results.tables import comparison_json, comparison_markdown
+
+        folder = self._output / "runs" / f"{self._stamp}-comparison"
+        with recorded(folder, config, self._console) as record:
+            record.table("comparison", comparison_json(rows), comparison_markdown(rows))
+            for name, path in plots.items():
+                record.artifact(name, path)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -208,19 +231,18 @@ examples:
 
 def demo_command(argv: Sequence[str]) -> int:
     """The verb `demo`."""
-    from raydistill.cli import command_parser, console
+    from raydistill.cli import command_parser, console, run_arguments
     from raydistill.config.load import load_config
 
     parser = command_parser(
         "demo", "Run the whole system on a world that needs no download, and show the table.", EXAMPLES
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
-    options, settings = parser.parse_known_args(list(argv))
+    as_json, settings = run_arguments(parser, argv, "print the summary as JSON on stdout")
     if not any(argument.startswith("@") for argument in settings):
         settings = [f"@{default_config()}", *settings]
     study = Study(load_config(settings).config, console)
     summary = study.run()
-    if options.json:
+    if as_json:
         print(json.dumps(summary, indent=1))
         return 0
     show(study, summary)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from raydistill.cli import command_parser, console, main_with_errors
+from raydistill.cli import command_parser, console, main_with_errors, run_arguments
 from raydistill.config.load import load_config
 
 EXAMPLES = """\
@@ -33,13 +33,12 @@ what you get:
 def train_command(argv: Sequence[str]) -> int:
     """The verb `train`."""
     parser = command_parser("train", "Distil a teacher into a quantized student.", EXAMPLES)
-    parser.add_argument("--json", action="store_true", help="print the run's summary as JSON on stdout")
-    options, settings = parser.parse_known_args(list(argv))
+    as_json, settings = run_arguments(parser, argv, "print the run's summary as JSON on stdout")
     loaded = load_config(settings)
     from raydistill.launch import run
 
     summary = run(loaded.config, console=console)
-    if options.json:
+    if as_json:
         print(json.dumps(summary.to_json(), indent=1))
         return 0
     numbers = ", ".join(f"{name.removeprefix('evaluate/')} {value:.4g}" for name, value in summary.metrics.items())

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from raydistill.actors.engine import Completion, SamplingSettings
 from raydistill.data.collate import pad_rows
@@ -44,11 +48,12 @@ class HfEngine:
 
     name = "transformers.generate"
 
-    def __init__(self, spec: StudentSpec, eos_ids: Sequence[int]) -> None:
+    def __init__(self, spec: StudentSpec, eos_ids: Sequence[int], sampled_ids: int | None = None) -> None:
         self._device = default_device()
         self._model = build_student(spec, self._device).eval()
         self._completions = CompletionModel(self._model)
         self._eos_ids = list(eos_ids)
+        self._sampled_ids = sampled_ids
         # `generate` fills in what a call leaves open, a repetition penalty for example: not the policy that is trained.
         self._model.generation_config = GenerationConfig()
 
@@ -65,6 +70,9 @@ class HfEngine:
         pad_id = self._eos_ids[0]
         ids, mask = pad_rows(prompts.rows(), pad_id, side="left")
         processors = LogitsProcessorList()
+        if self._sampled_ids is not None:
+            padding = list(range(self._sampled_ids, self._model.config.vocab_size))
+            processors.append(SuppressTokensLogitsProcessor(padding, device=self._device))
         if settings.temperature > 0:
             if settings.temperature != 1.0:
                 processors.append(TemperatureLogitsWarper(settings.temperature))

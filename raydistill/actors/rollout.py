@@ -39,6 +39,7 @@ class EngineSpec:
     max_model_len: int
     eos_ids: tuple[int, ...]
     probes: TokenRows
+    sampled_ids: int | None = None  # sample ids below this only: the teacher has no others; None: all
 
 
 class RolloutActor:
@@ -68,11 +69,11 @@ class RolloutActor:
 
             if self._engine is not None:
                 self._engine.close()
-            self._engine = VllmEngine(spec.student, spec.rollout, spec.max_model_len, spec.eos_ids)
+            self._engine = VllmEngine(spec.student, spec.rollout, spec.max_model_len, spec.eos_ids, spec.sampled_ids)
         else:
             from raydistill.actors.hf_engine import HfEngine
 
-            self._engine = HfEngine(spec.student, spec.eos_ids)
+            self._engine = HfEngine(spec.student, spec.eos_ids, spec.sampled_ids)
         return self._engine.name
 
     def load(self, weights: StudentWeights, want_codes: bool) -> LoadReport:

@@ -25,11 +25,19 @@ class VllmEngine:
 
     name = "vllm.LLM"
 
-    def __init__(self, spec: StudentSpec, section: RolloutSection, max_model_len: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        spec: StudentSpec,
+        section: RolloutSection,
+        max_model_len: int,
+        eos_ids: Sequence[int],
+        sampled_ids: int | None = None,
+    ) -> None:
         from vllm import LLM
 
         self._spec = spec
         self._eos_ids = list(eos_ids)
+        self._allowed_ids = None if sampled_ids is None else list(range(sampled_ids))
         self._version: int | None = None
         options: dict[str, Any] = {}
         if spec.adapter.mode == "served":
@@ -83,6 +91,7 @@ class VllmEngine:
                 min_tokens=settings.min_new_tokens,
                 max_tokens=settings.max_new_tokens,
                 stop_token_ids=self._eos_ids,
+                allowed_token_ids=self._allowed_ids,
                 seed=seed if settings.temperature > 0 else None,
                 detokenize=False,
             )

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from raydistill.cli import PIPE_WIDTH, command_parser, console, print_table
 from raydistill.config import DataSection
@@ -122,7 +124,7 @@ def make_plan(switches: argparse.Namespace) -> Plan:
 
 def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
     """Load and measure."""
-    say("loading", "")
+    say("loading", 0, 1)
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -158,20 +160,32 @@ def _agreed(runs: Sequence[RunDefaults], read: Callable[[RunDefaults], Any], wha
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A line that changes on a terminal, plain lines elsewhere; on stderr."""
-    if console.is_terminal:
-        with console.status("") as status:
-            yield lambda what, detail: status.update(f"{what} {detail}")
+    """A bar with the time left on a terminal, plain lines elsewhere; on stderr."""
+    if not console.is_terminal:
+        yield _lines()
         return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console) as bar:
+        task = bar.add_task("")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _lines() -> Progress:
     last = ""
 
-    def say(what: str, detail: str) -> None:
+    def say(what: str, done: int, total: int) -> None:
         nonlocal last
         if what != last:
             console.print(what, style="dim", markup=False, soft_wrap=True)
         last = what
 
-    yield say
+    return say
 
 
 def _positive(text: str) -> int:

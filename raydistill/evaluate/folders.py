@@ -24,8 +24,8 @@ from raydistill.tensors import CompletionModel
 
 __all__ = ["ExactMatch", "Progress", "Target", "evaluate_folders"]
 ExactMatch = Literal["off", "final_number"]
-Progress = Callable[[str, str], None]
-"""Told (what is done now, how far it is)."""
+Progress = Callable[[str, int, int], None]
+"""Told (what is done now, rows done, rows in all); a row counts once for every pass over it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -43,7 +43,6 @@ def evaluate_folders(
     tokenizer: the one that encoded the examples. A target that is the teacher's own folder gives its name to the
     teacher's row. ModelError where a target's token ids mean something else; checked for all before one is loaded.
     """
-    say = progress or (lambda what, detail: None)
     answered = [example for example in examples if example.has_reference]
     named = next((target for target in targets if target.folder.resolve() == teacher.resolve()), None)
     others = [target for target in targets if target is not named]
@@ -53,22 +52,44 @@ def evaluate_folders(
     if exact_match == "final_number":
         require_final_numbers(answered, tokenizer)
 
-    say(f"{first.name}: answering the rows", "")
+    passes = 2 if exact_match == "final_number" else 1
+    say = _RowCounter(progress, len(answered), 1 + passes * (1 + len(others)))
+    say.begin(f"{first.name}: answering the rows")
     teacher_model = _load(first)
     answers = answer_held_out(CompletionModel(teacher_model), answered)
 
     def measure(target: Target, model: nn.Module) -> SummaryRow:
-        say(f"{target.name}: KL to the teacher and perplexity", "")
+        say.begin(f"{target.name}: KL to the teacher and perplexity")
         score = score_answers(CompletionModel(model), answers)
         match = None
         if exact_match == "final_number":
             stop_ids = eos_ids(target.folder, tokenizer)
-            on_batch = _counter(say, target, len(answered))
-            match = score_exact_match(model, answered, tokenizer, stop_ids, max_new_tokens, on_batch)
+            say.begin(f"{target.name}: greedy answers")
+            match = score_exact_match(model, answered, tokenizer, stop_ids, max_new_tokens, say.within)
         return _summary(target, score, match)
 
     # A loaded student lives no longer than its call, so at most one stands beside the teacher.
-    return [measure(first, teacher_model), *(measure(target, _load(target)) for target in others)]
+    table = [measure(first, teacher_model), *(measure(target, _load(target)) for target in others)]
+    say.within(len(answered))
+    return table
+
+
+class _RowCounter:
+    """Turns passes over the same rows into one count for a progress bar."""
+
+    def __init__(self, progress: Progress | None, num_rows: int, passes: int) -> None:
+        self._progress, self._num_rows, self._total = progress, num_rows, num_rows * passes
+        self._what, self._begun = "", 0
+
+    def begin(self, what: str) -> None:
+        """A new pass; the ones before it are done."""
+        self._what, self._begun = what, self._begun + 1
+        self.within(0)
+
+    def within(self, done: int) -> None:
+        """`done` rows of the current pass are done."""
+        if self._progress is not None:
+            self._progress(self._what, (self._begun - 1) * self._num_rows + done, self._total)
 
 
 def check_vocabulary(target: Target, tokenizer: Any, examples: Sequence[Example]) -> None:
@@ -112,10 +133,6 @@ def _load(target: Target) -> nn.Module:
     model = load_exported(target.folder).to(default_device())
     CompletionModel(model).check_head(f"{target.name} ({target.folder})")
     return model
-
-
-def _counter(say: Progress, target: Target, total: int) -> Callable[[int], None]:
-    return lambda done: say(f"{target.name}: greedy answers", f"{done:,} of {total:,}")
 
 
 def _summary(target: Target, score: HeldOutScore, match: MatchScore | None) -> SummaryRow:

@@ -59,7 +59,7 @@ def check_group_size(in_features: int, fmt: WeightFormat, name: str) -> int:
     above = [str(size) for size in fitting if size > fmt.group_size][:1]
     raise QuantError(
         f"group_size={fmt.group_size} does not divide the {in_features} inputs of layer {name}; "
-        f"use {' or '.join(below + above)}, or None for one scale per output channel."
+        f"use {' or '.join(below + above)}, or 'channel' for one scale per output channel."
     )
 
 

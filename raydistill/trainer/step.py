@@ -51,7 +51,9 @@ class RankStep:
     skipped: str | None
 
 
-NAMES = ("loss", "kl", "ce", "entropy", "staleness", "tokens", "reference", "sampled", "bad")
+OLDEST_AGE = 3  # of the staleness histogram: the last bin holds this age and every older one
+AGES = tuple(f"age_{age}" for age in range(OLDEST_AGE + 1))
+NAMES = ("loss", "kl", "ce", "entropy", "staleness", "tokens", "reference", "sampled", "bad", *AGES)
 
 
 def run_step(
@@ -120,6 +122,7 @@ def _backward(
         float(reference_N.sum()),
         float(len(ages)),
         0.0,
+        *(float(sum(min(age, OLDEST_AGE) == bin for age in ages)) for bin in range(OLDEST_AGE + 1)),
     )
     return torch.tensor(values, dtype=torch.float64), False
 
@@ -143,4 +146,8 @@ def _metrics(totals: Tensor, norm: float) -> tuple[Metric, ...]:
         metrics.append(Metric(name="trainer/cross_entropy_nats", total=sums["ce"], weight=sums["reference"]))
     if sums["sampled"]:
         metrics.append(Metric(name="trainer/staleness_steps", total=sums["staleness"], weight=sums["sampled"]))
+        metrics += [
+            Metric(name=f"trainer/staleness_share/{age.removeprefix('age_')}", total=sums[age], weight=sums["sampled"])
+            for age in AGES
+        ]
     return tuple(metrics)

@@ -27,6 +27,7 @@ class Scenario:
     prompts: TokenRows
     probes: TokenRows
     eos_ids: tuple[int, ...]
+    sampled_ids: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

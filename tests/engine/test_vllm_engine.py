@@ -40,6 +40,7 @@ SCENARIOS = {
     "unquantized": {"mode": "merged", "dtype": "float32", "format": "none"},
     "bfloat16": {"mode": "merged", "dtype": "bfloat16", "format": "int2"},
 }
+FEW_IDS = 60  # in the scenario "unquantized": as if the teacher had no more
 FLOAT32 = [name for name, kind in SCENARIOS.items() if kind["dtype"] == "float32"]
 QUANTIZED = [name for name, kind in SCENARIOS.items() if kind["format"] != "none"]
 
@@ -89,6 +90,7 @@ def scenarios(tiny_world: Any) -> dict[str, Scenario]:
             # The prompts themselves, continued: a stale prefix cache would answer for them.
             probes=TokenRows.from_rows([prompt + completion for prompt, completion in pairs[:12]]),
             eos_ids=eos_ids(model, tokenizer),
+            sampled_ids=FEW_IDS if name == "unquantized" else None,
         )
         for name in SCENARIOS
     }
@@ -128,7 +130,7 @@ def transformers_answers(scenarios: dict[str, Scenario]) -> Any:
     def of(name: str) -> list[Answers]:
         if name not in known:
             scenario = scenarios[name]
-            engine = HfEngine(scenario.spec, scenario.eos_ids)
+            engine = HfEngine(scenario.spec, scenario.eos_ids, scenario.sampled_ids)
             known[name] = [ask(engine, scenario, weights) for weights in scenario.versions]
         return known[name]
 
@@ -223,6 +225,11 @@ def test_the_end_token_stays_and_lengths_keep_their_bounds(
         check_ends(answers.long_greedy, end, LONG_GREEDY.min_new_tokens)
     for completions in played["orders"].values():
         check_ends(completions, end, SAMPLED.min_new_tokens)
+
+
+def test_ids_that_the_teacher_does_not_have_are_never_sampled(vllm: Any) -> None:
+    drawn = {name: {i for c in vllm(name)["orders"]["first"] for i in c.ids} for name in ("unquantized", "none")}
+    assert max(drawn["unquantized"]) < FEW_IDS <= max(drawn["none"])
 
 
 def test_both_finish_reasons_occur(vllm: Any) -> None:

@@ -22,7 +22,7 @@ def play(scenario: Scenario) -> dict[str, Any]:
     from raydistill.actors.vllm_engine import VllmEngine
 
     section = RolloutSection(max_new_tokens=MAX_NEW_TOKENS)
-    engine = VllmEngine(scenario.spec, section, 192, scenario.eos_ids)
+    engine = VllmEngine(scenario.spec, section, 192, scenario.eos_ids, scenario.sampled_ids)
     try:
         answers = [ask(engine, scenario, weights) for weights in scenario.versions]
         repeated = ask(engine, scenario, scenario.versions[-1])

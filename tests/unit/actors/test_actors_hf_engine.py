@@ -140,6 +140,15 @@ def test_the_sampled_end_is_kept_and_finish_reasons_are_right(tiny_qwen: Path, v
             assert len(completion.ids) == 6
 
 
+def test_ids_that_the_teacher_does_not_have_are_never_sampled(tiny_qwen: Path, version_1: StudentWeights) -> None:
+    engine = HfEngine(make_spec(tiny_qwen), EOS, sampled_ids=30)  # of 61
+    engine.load(version_1, want_codes=False)
+    completions = engine.sample(TokenRows.from_rows([PROMPTS[0]] * 40), settings(), range(40))
+    drawn = {int(i) for c in completions for i in c.ids}
+    assert max(drawn) < 30
+    assert len(drawn) > 15
+
+
 def test_no_end_is_sampled_before_the_least_number_of_tokens(tiny_qwen: Path, version_1: StudentWeights) -> None:
     ends = tuple(range(1, 61, 2))
     engine = HfEngine(make_spec(tiny_qwen), ends)

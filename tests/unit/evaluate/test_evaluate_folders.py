@@ -29,7 +29,7 @@ def test_the_table_has_the_teacher_first_with_a_measured_kl_of_zero(world, ptq):
         world.teacher,
         world.examples,
         world.tokenizer,
-        progress=lambda what, detail: told.append(what),
+        progress=lambda *step: told.append(step),
     )
     assert [(row.name, row.role) for row in rows] == [("teacher", "teacher"), ("int4", "ptq"), ("other", "control")]
     teacher, int4, other = rows
@@ -38,7 +38,10 @@ def test_the_table_has_the_teacher_first_with_a_measured_kl_of_zero(world, ptq):
     assert all(math.isfinite(row.perplexity) and row.exact_match is None for row in rows)
     assert (teacher.bytes, int4.bytes) == (packed_bytes(world.teacher), packed_bytes(ptq))
     assert int4.extras == {"format": INT4.name}
-    assert [what for what in told if what.startswith("int4")]
+    assert [what for what, _, _ in told if what.startswith("int4")]
+    counts = [done / total for _, done, total in told]
+    assert counts == sorted(counts)
+    assert counts[-1] == 1
 
 
 def test_the_bytes_of_a_served_adapter_count(world, ptq, tmp_path):

@@ -136,7 +136,7 @@ def test_codes_are_computed_with_the_stored_scale(scale_dtype: str) -> None:
 
 def test_a_group_size_that_does_not_divide_names_layer_inputs_and_neighbours() -> None:
     fmt = WeightFormat(bits=2, group_size=40, symmetric=True, scale="absmax")
-    with pytest.raises(QuantError, match=r"group_size=40 .* 96 inputs of layer x\.q_proj; use 32 or 48, or None"):
+    with pytest.raises(QuantError, match=r"group_size=40 .* 96 inputs of layer x\.q_proj; use 32 or 48, or 'channel'"):
         quantize(torch.zeros(2, 96), fmt, "x.q_proj")
 
 

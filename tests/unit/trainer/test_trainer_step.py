@@ -217,6 +217,8 @@ def test_metrics_are_weighted_by_what_they_count(model: nn.Module, step: Scored)
     assert weights["trainer/cross_entropy_nats"] == references
     assert weights["trainer/staleness_steps"] == 5  # sequences that a policy sampled
     assert metrics["trainer/staleness_steps"] == pytest.approx(2 / 5)  # of 1, 2, 4, 5, 7: two are by version 5
+    shares = [metrics[f"trainer/staleness_share/{age}"] for age in range(4)]
+    assert shares == pytest.approx([3 / 5, 2 / 5, 0, 0])
     loss = metrics["trainer/divergence_nats"] + 0.5 * metrics["trainer/cross_entropy_nats"] * references / sum(LENGTHS)
     assert metrics["trainer/loss"] == pytest.approx(loss, rel=1e-5)
     assert 0 < metrics["trainer/entropy_nats"] < math.log(VOCABULARY)

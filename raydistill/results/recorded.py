@@ -1,0 +1,54 @@
+"""A record and its delivery around something that runs: opened, delivered while it grows, ended as the body ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from raydistill.config import Config
+from raydistill.results.deliver import retry_command, start_delivery
+from raydistill.results.provenance import collect
+from raydistill.results.record import RunRecord
+from raydistill.results.store import default_uri
+
+
+@contextmanager
+def recorded(
+    folder: Path, config: Config, console: Console, data_fingerprint: str | None = None
+) -> Iterator[RunRecord]:
+    """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
+
+    A store that does not answer delays delivery and nothing else: one warning says how to deliver later.
+    """
+    record = RunRecord(folder)
+    settings = json.loads(config.model_dump_json())
+    record.start(
+        name=folder.name,
+        config=settings,
+        provenance=collect(),
+        seed=config.run.seed,
+        data_fingerprint=data_fingerprint,
+    )
+    uri = config.results.uri or default_uri(config.run.output.absolute())
+    delivery = start_delivery(folder, uri, config.results.experiment)
+    try:
+        yield record
+        record.end("finished")
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        record.end("interrupted")
+        raise
+    except BaseException as error:
+        record.end("failed", str(error))
+        raise
+    finally:
+        record.close()
+        if not delivery.finish():
+            console.print(
+                f"warning: the results store is behind ({delivery.problem}); deliver later with `{retry_command(folder)}`",
+                style="yellow",
+            )
