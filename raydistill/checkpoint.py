@@ -1,18 +1,24 @@
-"""Checkpoints of the student: one folder per version, complete or absent, best and last kept.
+"""Checkpoint folders: one per version, complete or absent; damage is recognised by size and digest.
 
-checkpoints/step-000150/weights.safetensors    A and B (or all weights) in float32
-checkpoints/step-000150/checkpoint.json        version, hashes, metrics of the held-out evaluation once known
-checkpoints/best.json                          which folder is best, by which metric
+    checkpoints/step-000150/weights.safetensors       A and B (or all trained weights), whole, float32
+    checkpoints/step-000150/optimizer/                DeepSpeed's own files, one or more for each rank
+    checkpoints/step-000150/random-0.safetensors      random state of each rank
+    checkpoints/step-000150/checkpoint.json           version, hashes, ledger sizes, size and sha256 of every other file
+
+A folder is written under another name, `checkpoint.json` last, and renamed when every byte is on the disk. Trainer ranks
+write (`trainer/save.py`), the driver finds the newest whole one (`newest_checkpoint`) and removes old ones (`keeper.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -22,36 +28,68 @@ from raydistill.errors import RunError
 from raydistill.messages import StudentWeights
 from raydistill.quant.hashing import hash_tensors
 
-WEIGHTS, DESCRIPTION, BEST = "weights.safetensors", "checkpoint.json", "best.json"
+WEIGHTS, DESCRIPTION = "weights.safetensors", "checkpoint.json"
+PREFIX = "step-"
 
 
 def checkpoint_folder(root: Path, version: int) -> Path:
-    return root / f"step-{version:06d}"
+    return root / f"{PREFIX}{version:06d}"
+
+
+def version_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def partial_folder(root: Path, version: int) -> Path:
+    """Where a version is written before it gets its name; empty, whatever an earlier attempt left."""
+    partial = _partial_name(checkpoint_folder(root, version))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def save_checkpoint(root: Path, weights: StudentWeights, description: Mapping[str, object]) -> Path:
-    """Write one version under a temporary name, then rename: a folder with the final name is whole."""
-    final = checkpoint_folder(root, weights.version)
-    partial = root / f".writing-{final.name}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({k: np.ascontiguousarray(v) for k, v in weights.tensors.items()}, partial / WEIGHTS)
-        (partial / DESCRIPTION).write_text(json.dumps({"version": weights.version, **description}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"checkpoint {final} could not be written ({reason}); earlier ones stand") from error
+    """Write weights and description of one version; trainer ranks add their state before (see `commit_checkpoint`)."""
+    with writing(root, weights.version):
+        return commit_checkpoint(partial_folder(root, weights.version), weights, description)
+
+
+def commit_checkpoint(partial: Path, weights: StudentWeights, description: Mapping[str, object]) -> Path:
+    """Complete `partial` with weights and description and give it its final name: from then on it is whole."""
+    final = checkpoint_folder(partial.parent, weights.version)
+    save_file({k: np.ascontiguousarray(v) for k, v in weights.tensors.items()}, partial / WEIGHTS)
+    files = {str(path.relative_to(partial)): _digest(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+    facts = {"version": weights.version, **description, "files": files}
+    (partial / DESCRIPTION).write_text(json.dumps(facts, indent=1))
+    _sync(partial / DESCRIPTION)
+    _sync(partial)
+    if final.exists():
+        remove_checkpoint(final)
+    os.rename(partial, final)
+    _sync(final.parent)
     return final
+
+
+@contextmanager
+def writing(root: Path, version: int) -> Iterator[None]:
+    """Around one rank's part of writing a checkpoint: a disk error becomes one clear line and leaves nothing behind."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own
+        final = checkpoint_folder(root, version)
+        shutil.rmtree(_partial_name(final), ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise RunError(
+            f"checkpoint {final} could not be written ({reason}); earlier ones stand. Make room and start the same "
+            "command again: it resumes from the last one"
+        ) from error
 
 
 def load_checkpoint(folder: Path) -> StudentWeights:
     """The weights of a checkpoint folder, without probe answers."""
     try:
         description = read_description(folder)
-        version = int(description["version"])  # type: ignore[call-overload]
+        version = int(description["version"])
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"checkpoint {folder} is damaged or incomplete ({error}); use another one") from error
@@ -61,45 +99,61 @@ def load_checkpoint(folder: Path) -> StudentWeights:
     return StudentWeights(version=version, tensors=tensors, probe=None)
 
 
-def read_description(folder: Path) -> dict[str, object]:
+def read_description(folder: Path) -> dict[str, Any]:
     """What checkpoint.json says."""
-    description: dict[str, object] = json.loads((folder / DESCRIPTION).read_text())
+    description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
     return description
 
 
-class CheckpointKeeper:
-    """Driver side: remembers the best version and removes what is neither best, nor last, nor still to be evaluated."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, one phrase; None if every file is as it was written."""
+    try:
+        description = read_description(folder)
+        if int(description["version"]) != version_of(folder):
+            return f"its {DESCRIPTION} is that of version {description['version']}"
+        for name, written in description["files"].items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _digest(folder / name) != written:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{DESCRIPTION} cannot be read ({error})"
+    return None
 
-    def __init__(self, root: Path, metric: str = "evaluate/kl_nats") -> None:
-        self._root, self._metric = root, metric
-        self._best: tuple[float, int] | None = None
-        self._evaluated: set[int] = set()
 
-    def folder(self, version: int) -> Path:
-        return checkpoint_folder(self._root, version)
+def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each newer one that is damaged."""
+    complaints: list[str] = []
+    for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return folder, complaints
+        complaints.append(f"checkpoint {folder} is damaged: {problem}; the one before it is used")
+    return None, complaints
 
-    @property
-    def best_version(self) -> int | None:
-        return self._best[1] if self._best else None
 
-    def evaluated(self, version: int, metrics: dict[str, float]) -> bool:
-        """Take in one evaluation; returns whether this version is the best so far."""
-        metric = self._metric if self._metric in metrics else "evaluate/perplexity"
-        value, folder = metrics.get(metric), checkpoint_folder(self._root, version)
-        if value is None or not folder.exists():
-            return False
-        self._evaluated.add(version)
-        is_best = not math.isnan(value) and (self._best is None or value < self._best[0])
-        if is_best:
-            self._best = (value, version)
-            record = {"version": version, "folder": folder.name, metric: value}
-            (self._root / BEST).write_text(json.dumps(record, indent=1))
-        self._remove_the_rest()
-        return is_best
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a folder without a moment in which half of it has the final name."""
+    doomed = folder.with_name(f".removing-{folder.name}")
+    with suppress(OSError):  # another process removed it, or the disk is read-only: nothing is lost
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
-    def _remove_the_rest(self) -> None:
-        """The trainer may be ahead of the evaluation: a version that waits for its turn can still be the best."""
-        present = {int(folder.name.removeprefix("step-")): folder for folder in self._root.glob("step-*")}
-        for number in self._evaluated - {self.best_version, max(present)}:
-            if number in present:
-                shutil.rmtree(present[number], ignore_errors=True)
+
+def _partial_name(final: Path) -> Path:
+    return final.with_name(f".writing-{final.name}")
+
+
+def _digest(path: Path) -> list[Any]:
+    """[bytes, sha256] of a file, whose bytes are on the disk afterwards."""
+    _sync(path)
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

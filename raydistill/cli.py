@@ -22,7 +22,7 @@ from rich.text import Text
 
 from raydistill.config.help import field_help, format_resolved, json_schema
 from raydistill.config.load import load_config
-from raydistill.errors import RunError, UserError
+from raydistill.errors import RunError, RunStopped, UserError
 from raydistill.quiet import quiet_libraries
 
 EXIT_RUN_FAILED = 1
@@ -74,6 +74,9 @@ def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Seque
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_RUN_FAILED
+    except RunStopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -106,8 +109,15 @@ def run_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], json_hel
     parser.add_argument(
         "--verbose", action="store_true", help="let vLLM, Ray and DeepSpeed write to the console (as --run.verbose)"
     )
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), help="never: start anew even if an unfinished run could go on"
+    )
     options, settings = parser.parse_known_args(list(argv))
-    return options.json, [*settings, *(["--run.verbose", "true"] if options.verbose else [])]
+    if options.verbose:
+        settings += ["--run.verbose", "true"]
+    if options.resume:
+        settings += ["--run.resume", options.resume]
+    return options.json, settings
 
 
 def config_command(argv: Sequence[str]) -> int:

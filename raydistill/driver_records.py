@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from raydistill.checkpoint import CheckpointKeeper
+from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
 from raydistill.results.record import RunRecord
 
@@ -14,7 +14,13 @@ class DriverRecords:
     """Appends to the record and moves the bar; both take microseconds."""
 
     def __init__(
-        self, record: RunRecord, console: Console, num_steps: int, title: str, keeper: CheckpointKeeper
+        self,
+        record: RunRecord,
+        console: Console,
+        num_steps: int,
+        title: str,
+        keeper: CheckpointKeeper,
+        first_step: int = 0,
     ) -> None:
         self._record, self._console, self._keeper = record, console, keeper
         self._progress = Progress(
@@ -27,7 +33,7 @@ class DriverRecords:
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-        self._task = self._progress.add_task(title, total=num_steps, note="")
+        self._task = self._progress.add_task(title, total=num_steps, completed=first_step, note="")
 
     def __enter__(self) -> DriverRecords:
         self._progress.start()
@@ -38,6 +44,7 @@ class DriverRecords:
 
     def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
         self._record.step(outcome.step, metrics)
+        self._keeper.remove_the_rest()
         note = f"loss {metrics.get('trainer/loss', float('nan')):.4f}"
         if "rollout/completion_tokens" in metrics:
             note += f", {metrics['rollout/completion_tokens']:.0f} tokens/completion"

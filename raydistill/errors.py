@@ -33,6 +33,18 @@ class RunError(RuntimeError):
     """A run cannot go on although its input was right: an actor that keeps dying, a policy gap, too many bad steps."""
 
 
+class TrainerLostError(RunError):
+    """A trainer rank, the feed or Ray Train's controller died or hangs; the last checkpoint is the way on."""
+
+
+class RunStopped(Exception):  # noqa: N818
+    """Somebody asked the run to stop (Ctrl-C, SIGTERM); what was trained is in a checkpoint. Not an error."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped before step {step}")
+        self.step = step
+
+
 class PolicyGapError(RunError):
     """Trainer and rollout engine no longer compute the same function for the same policy version."""
 

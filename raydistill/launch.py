@@ -10,16 +10,22 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import RunError, UserError
-from raydistill.messages import Samples
+from raydistill.errors import RunError, TrainerLostError, UserError
+from raydistill.signals import stop_on_signals
+
+if TYPE_CHECKING:
+    from raydistill.attempt import Attempt
+    from raydistill.results.record import RunRecord
+    from raydistill.resume import ResumePoint
+
+MAX_FAILURES = 3  # of the trainer group without a new checkpoint in between: its cause will not go away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +104,10 @@ def make_pools(config: Config) -> Pools:
 
 def run(config: Config, pools: Pools | None = None, console: Console | None = None) -> RunSummary:
     """Distil one student; returns when it is exported. Raises UserError before anything starts, RunError afterwards."""
-    return asyncio.run(Launch(config, pools, console or Console(stderr=True)).run())
-
-
-def run_name(config: Config) -> str:
-    """The configured name, or a unique one from the time."""
-    return config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    try:
+        return asyncio.run(Launch(config, pools, console or Console(stderr=True)).run())
+    except asyncio.CancelledError:  # by a second signal, or because stopping took too long
+        raise KeyboardInterrupt from None
 
 
 class Launch:
@@ -114,6 +118,7 @@ class Launch:
         self._pools = pools
         self._seconds: dict[str, float] = {}
         self._config = config
+        self._attempt: Attempt | None = None
 
     async def run(self) -> RunSummary:
         """See `run`."""
@@ -122,153 +127,90 @@ class Launch:
         from raydistill.inputs import load_inputs
         from raydistill.placement import check_placement, placement_plan
         from raydistill.results.recorded import recorded
+        from raydistill.resume import find_checkpoint, locked, run_folder
 
         start = time.time()
-        self._inputs = load_inputs(self._config, self._console)
-        config = self._config = self._inputs.config
-        self._folder = (config.run.output / "runs" / run_name(config)).absolute()
-        if self._folder.exists():
-            raise UserError(f"run.name={self._folder.name!r}: {self._folder} exists; choose another run.name")
+        inputs = self._inputs = load_inputs(self._config, self._console)
+        config = self._config = inputs.config
+        self._folder = run_folder(config, inputs.data.fingerprint)
         start_cluster(config)
         check_placement(placement_plan(config), ray.cluster_resources())
         self._seconds["checks"] = time.time() - start
-        # Everything from here on is in the run's record, failures included.
-        with recorded(self._folder, config, self._console, self._inputs.data.fingerprint) as record:
-            return await self._train(record)
+        with locked(self._folder):
+            point = find_checkpoint(self._folder)
+            # Everything from here on is in the run's record, failures included.
+            with (
+                recorded(self._folder, config, self._console, inputs.data.fingerprint, point.version) as record,
+                stop_on_signals(self._stop, self._console),
+            ):
+                return await self._train(record)
 
-    async def _train(self, record: Any) -> RunSummary:
-        import ray
+    async def _train(self, record: RunRecord) -> RunSummary:
+        """Attempt after attempt, until one ends; an attempt that gets no further than the one before it is the last."""
+        from raydistill.attempt import Attempt
+        from raydistill.keeper import CheckpointKeeper
+        from raydistill.results.record_lines import evaluations_of
+        from raydistill.resume import find_checkpoint
 
-        from raydistill.actors.feed import Feed
-        from raydistill.checkpoint import CheckpointKeeper
-        from raydistill.driver_records import DriverRecords
-        from raydistill.loop import DistillationLoop
-        from raydistill.trainer.group import TrainerGroup
-
-        config, start = self._config, time.time()
+        config = self._config
         if self._pools is None:
             self._pools = make_pools(config)
-        feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000).remote(config.sync.max_staleness + 2)
-        trainer = TrainerGroup(config, feed, self._inputs.probes(), self._folder)
-        evaluator = self._pools.evaluator
-        trainer.start()
+        keeping = config.checkpoint
+        keeper = CheckpointKeeper(
+            self._folder / "checkpoints", keeping.keep_last, keeping.keep_best, is_evaluated=config.evaluates
+        )
+        number, failures = 0, 0
         try:
-            with self._console.status("starting engines, teachers and trainer workers"):
-                await self._arm(evaluator)
-                await trainer.outcome(-1)
-            self._seconds["start"] = time.time() - start
-            keeper = CheckpointKeeper(self._folder / "checkpoints")
-            self._record_engines(record)
-            with DriverRecords(record, self._console, config.trainer.num_steps, self._folder.name, keeper) as records:
-                outcome = await DistillationLoop(config, self._roles(trainer, evaluator, records)).run()
-            await trainer.finish()
-            self._seconds["train"] = time.time() - start - self._seconds["start"]
-            return await self._export(record, evaluator, keeper, outcome)
-        except BaseException as error:
-            await trainer.abort(str(error).splitlines()[0] if str(error) else type(error).__name__)
-            raise
+            while True:
+                point = find_checkpoint(self._folder)
+                self._go_on_at(point, record)
+                keeper.restore(evaluations_of(self._folder))
+                self._attempt = Attempt(self._inputs, self._pools, record, keeper, point, number)
+                try:
+                    summary = await self._attempt.run(self._console, self._seconds)
+                    return await self._export(record, self._pools.evaluator, keeper, summary)
+                except TrainerLostError as error:
+                    number += 1
+                    failures = failures + 1 if find_checkpoint(self._folder).version == point.version else 1
+                    if failures >= MAX_FAILURES:
+                        raise RunError(f"{error}; it failed {failures} times without getting further") from error
+                    text = f"{error}; going on from the last checkpoint"
+                    record.warning(text)
+                    self._console.print(f"warning: {text}", style="yellow")
         finally:
-            ray.kill(feed)
             if self._own_pools:
                 self._pools.shutdown()
 
-    async def _arm(self, evaluator: Any) -> None:
-        """Bring pools and evaluator up, all at the same time."""
-        from raydistill.data.schedule import held_out_prompts, held_out_references, sampling_seed
-        from raydistill.models import StudentSpec
+    def _go_on_at(self, point: ResumePoint, record: RunRecord) -> None:
+        """Bring the record to where the checkpoint stands."""
+        for complaint in point.complaints:
+            record.warning(complaint)
+            self._console.print(f"warning: {complaint}", style="yellow")
+        if record.last_step is not None and record.last_step >= point.version:
+            record.cut_back(point.version)
+        for step, metrics in point.steps.items():
+            if step > (record.last_step if record.last_step is not None else -1):
+                record.step(step, metrics)  # trained and in the checkpoint, but the driver died before it wrote it down
+        if point.version > 0:
+            self._console.print(f"{self._folder.name} goes on at step {point.version}", style="bold")
 
-        config, pools, held_out = self._config, self._pools, self._inputs.data.held_out
-        assert pools is not None
-        work = []
-        if config.needs_rollout_pool:
-            prompts = held_out_prompts(held_out) if config.evaluation.exact_match != "off" else None
-            seed = config.run.seed
-            spec = self._inputs.engine_spec()
-            work.append(pools.rollouts.begin(config, spec, prompts, lambda s, i: sampling_seed(seed, s, i)))
-        work.append(self._arm_evaluator(evaluator, StudentSpec.of(config), held_out_references(held_out)))
-        await asyncio.gather(*work)
-
-    async def _arm_evaluator(self, evaluator: Any, spec: Any, references: Samples | None) -> None:
-        config, pools = self._config, self._pools
-        assert pools is not None
-        scored = []
-        if config.needs_teacher:
-            await pools.teachers.begin(config.teacher, config.objective, self._inputs.facts.vocab_size)
-        if references is not None:
-            if config.needs_teacher:
-                _, handle = await pools.teachers.score(references, references.completions.num_tokens)
-            else:
-                import ray
-
-                from raydistill.messages import Scored
-
-                handle = ray.put(Scored(samples=references, target=None))
-            scored.append(handle)
-        await evaluator.begin(spec, config.objective, references, scored)
-
-    def _roles(self, trainer: Any, evaluator: Any, records: Any) -> Any:
-        from raydistill.data.schedule import StepSchedule
-        from raydistill.roles import Roles
-
-        config, pools = self._config, self._pools
-        assert pools is not None
-        schedule = StepSchedule(
-            self._inputs.data.train,
-            config.run.seed,
-            config.trainer.sequences_per_step,
-            config.objective.on_policy_fraction,
-            config.objective.mixing,
-        )
-        return Roles(
-            prompts=schedule,
-            rollouts=pools.rollouts if config.needs_rollout_pool else None,
-            teachers=pools.teachers if config.needs_teacher else None,
-            trainer=trainer,
-            evaluator=evaluator if self._inputs.data.held_out else None,
-            records=records,
-            reference_parts=self._reference_parts,
-        )
-
-    def _reference_parts(self, references: Samples) -> list[Any]:
-        """References for each trainer rank; without a teacher they are wrapped as the trainer expects them."""
-        import ray
-
-        from raydistill.actors.pools import rank_of
-        from raydistill.messages import Scored
-        from raydistill.roles import Sampled
-
-        workers = self._config.trainer.num_workers
-        parts = []
-        for rank in range(workers):
-            rows = [r for r, index in enumerate(references.indices) if rank_of(index, workers) == rank]
-            if rows:
-                samples = references.take(rows)
-                handle = samples if self._config.needs_teacher else ray.put(Scored(samples=samples, target=None))
-                parts.append(Sampled(rank=rank, num_tokens=samples.completions.num_tokens, samples=handle))
-        return parts
-
-    def _record_engines(self, record: Any) -> None:
-        pools = self._pools
-        assert pools is not None
-        rows = []
-        if self._config.needs_rollout_pool:
-            rows += [{"role": f"rollout-{i}", "class": name} for i, name in enumerate(pools.rollouts.engine_names)]
-        if self._config.needs_teacher:
-            rows += [{"role": f"teacher-{i}", "class": name} for i, name in enumerate(pools.teachers.class_names)]
-        record.table("engines", rows)
+    async def _stop(self) -> None:
+        if self._attempt is not None:
+            await self._attempt.stop()
 
     async def _export(self, record: Any, evaluator: Any, keeper: Any, outcome: Any) -> RunSummary:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
         from raydistill.checkpoint import read_description
         from raydistill.results.plots import plot_spans, plot_training
         from raydistill.results.record import read_record, read_spans
+        from raydistill.results.record_lines import evaluations_of
         from raydistill.results.timeline import bottleneck, stage_times
 
         start, config = time.time(), self._config
         version = keeper.best_version if keeper.best_version is not None else config.trainer.num_steps
         checkpoint, export = keeper.folder(version), self._folder / "export"
         extra = {"run": self._folder.name, "version": version}
-        codes_hash = await evaluator.actor.export_checkpoint.remote(checkpoint, export, extra)
+        codes_hash = await evaluator.export_checkpoint(checkpoint, export, extra)
         trained = read_description(checkpoint).get("codes_hash")
         if trained is not None and codes_hash != trained:
             raise RunError(f"export {export} has codes {codes_hash}, version {version} was trained with {trained}")
@@ -283,7 +225,7 @@ class Launch:
         rate = await self._pools.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None  # type: ignore[union-attr]
         self._console.print(line, style="dim")
         self._seconds["export"] = time.time() - start
-        metrics: dict[str, float] = next((e.metrics for e in outcome.evaluations if e.version == version), {})
+        metrics = evaluations_of(self._folder).get(version, {})
         return RunSummary(
             name=self._folder.name,
             folder=self._folder,

@@ -46,17 +46,18 @@ class LoopSummary:
 class DistillationLoop:
     """One run's loop. `run` returns when the last step is trained and evaluated, or raises what went wrong."""
 
-    def __init__(self, config: Config, roles: Roles) -> None:
-        self._config, self._roles = config, roles
-        self._version = 0
-        self._summary = LoopSummary()
+    def __init__(self, config: Config, roles: Roles, first_step: int = 0, skipped: int = 0) -> None:
+        """A resumed run starts at `first_step`, with the steps that were `skipped` before it."""
+        self._config, self._roles, self._first_step = config, roles, first_step
+        self._version = first_step
+        self._summary = LoopSummary(skipped=skipped)
         self._reports: dict[int, list[StageReport]] = defaultdict(list)
         self._history: list[dict[str, float]] = []
         self._last_warning: str | None = None
         self._last_outcome_s = time.time()
 
     async def run(self) -> LoopSummary:
-        """Train `trainer.num_steps` steps."""
+        """Train up to step `trainer.num_steps`; raises RunStopped where somebody asked to stop before."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._run(tasks)
@@ -68,8 +69,8 @@ class DistillationLoop:
         num_steps = self._config.trainer.num_steps
         await self._sync(await self._roles.trainer.outcome(INITIAL))
         self._evaluate(tasks, self._version)
-        started = 0
-        for step in range(num_steps):
+        started = self._first_step
+        for step in range(self._first_step, num_steps):
             while started <= min(step + self._config.sync.max_staleness, num_steps - 1):
                 tasks.create_task(self._prepare(started, self._version))
                 started += 1

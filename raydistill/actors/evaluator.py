@@ -1,7 +1,7 @@
 """The evaluation actor: scores held-out rows beside training, and writes checkpoints' exports.
 
 It holds the student as transformers computes it (the trainer's own function) and the teacher's answers for the held-out
-rows, scored once at the start of the run. `load` takes the same weight versions as the rollout actors do.
+rows, scored once at the start of the run. `evaluate` takes the same weight versions as the rollout actors load.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EVAL_BATCH = 64  # sequences of one forward pass
 
 
 class EvaluatorActor:
-    """One student under evaluation. `start` once, then `load` and `evaluate` for each version."""
+    """One student under evaluation. `start` and `hold_out` for each run, then `evaluate` for each version."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -48,16 +48,16 @@ class EvaluatorActor:
         self._held_out = split_scored(scored, EVAL_BATCH) if scored else []
         return sum(s.samples.completions.num_tokens for s in scored)
 
-    def load(self, weights: StudentWeights) -> int:
-        """Hold this version from now on."""
+    def _load(self, weights: StudentWeights) -> None:
         load_adapter_state(self._model, {k: torch.from_numpy(v.copy()) for k, v in weights.tensors.items()})
         self._version = weights.version
-        return weights.version
 
     @torch.inference_mode()
-    def evaluate(self, references: Samples | None, *answers: Samples) -> EvalReport:
-        """KL to the teacher and perplexity on the references; exact match of `answers`, greedy completions, if given."""
+    def evaluate(self, weights: StudentWeights, references: Samples | None, *answers: Samples) -> EvalReport:
+        """KL to the teacher and perplexity of one version on the references; exact match of `answers`, its greedy
+        completions, if given."""
         start = time.time()
+        self._load(weights)
         metrics: dict[str, float] = {}
         if self._held_out:
             metrics |= self._divergence_and_perplexity()
@@ -90,5 +90,5 @@ class EvaluatorActor:
 
     def export_checkpoint(self, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
         """Write a checkpoint as a folder that stands alone; returns the hash of its codes."""
-        self.load(load_checkpoint(checkpoint))
+        self._load(load_checkpoint(checkpoint))
         return export_live(folder, self._model, self._spec.model, extra)

@@ -27,6 +27,10 @@ class Feed:
         self._outcomes: dict[int, StepOutcome] = {}
         self._weights: dict[int, StudentWeights] = {}
         self._closed: str | None = None
+        self._members: list[Any] = []
+        self._fatal: str | None = None
+        self._granted = -1  # the newest step that any rank trains on
+        self._stop_at: int | None = None
 
     async def offer(self, step: int, parts: list[list[Any]]) -> None:
         """Driver: the references of one step, for each rank."""
@@ -35,12 +39,31 @@ class Feed:
                 self._parts[step, rank] = refs
             self._changed.notify_all()
 
-    async def lease(self, step: int, rank: int) -> list[Any]:
-        """Rank: wait for this rank's references of one step; earlier steps of the rank are let go."""
-        parts: list[Any] = await self._wait(self._parts, (step, rank))
+    async def lease(self, step: int, rank: int) -> list[Any] | None:
+        """Rank: wait for this rank's references of one step; earlier steps are let go. None: stop before this step."""
+        parts: list[Any] | None = await self._wait(self._parts, (step, rank), step)
+        if parts is None:
+            return None
+        self._granted = max(self._granted, step)
         for key in [k for k in self._parts if k[1] == rank and k[0] < step]:
             del self._parts[key]
         return parts
+
+    async def join(self, member: Any) -> None:
+        """Rank: which process it is."""
+        self._members.append(member)
+
+    async def members(self) -> list[Any]:
+        """Driver: the processes of all ranks that have joined."""
+        return self._members
+
+    async def fail(self, message: str) -> None:
+        """Rank: an error that another attempt would meet again."""
+        self._fatal = self._fatal or message
+
+    async def fatal(self) -> str | None:
+        """Driver: what `fail` was told first."""
+        return self._fatal
 
     async def report(self, outcome: StepOutcome) -> None:
         """Rank 0: one optimizer step is done."""
@@ -48,9 +71,9 @@ class Feed:
             self._outcomes[outcome.step] = outcome
             self._changed.notify_all()
 
-    async def outcome(self, step: int) -> StepOutcome:
-        """Driver: wait for a step's outcome."""
-        outcome: StepOutcome = await self._wait(self._outcomes, step)
+    async def outcome(self, step: int) -> StepOutcome | None:
+        """Driver: wait for a step's outcome; None if the run stops before it."""
+        outcome: StepOutcome | None = await self._wait(self._outcomes, step, step)
         for old in [s for s in self._outcomes if s < step]:
             del self._outcomes[old]
         return outcome
@@ -73,15 +96,28 @@ class Feed:
                 raise RunError(f"the feed is closed: {self._closed}")
             raise RunError(f"version {version} is not kept; the feed holds {sorted(self._weights)}")
 
+    async def stop(self) -> int:
+        """Driver: end the run at the next step that no rank has begun; returns that step. Ranks checkpoint and leave."""
+        async with self._changed:
+            if self._stop_at is None:
+                self._stop_at = self._granted + 1
+            self._changed.notify_all()
+            return self._stop_at
+
     async def close(self, reason: str) -> None:
         """Wake everyone who waits with an error: the run is over."""
         async with self._changed:
             self._closed = reason
             self._changed.notify_all()
 
-    async def _wait(self, table: dict[Any, Any], key: Any) -> Any:
+    async def _wait(self, table: dict[Any, Any], key: Any, step: int) -> Any:
+        def stopped() -> bool:
+            return self._stop_at is not None and step >= self._stop_at
+
         async with self._changed:
-            await self._changed.wait_for(lambda: key in table or self._closed is not None)
+            await self._changed.wait_for(lambda: key in table or stopped() or self._closed is not None)
+            if self._closed is None and stopped():
+                return None
             if key not in table:
                 raise RunError(f"the feed is closed: {self._closed}")
             return table[key]

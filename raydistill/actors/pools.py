@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.actors.teacher import TeacherActor
 from raydistill.config import Config, EvaluationSection, ObjectiveSection, RolloutSection, TeacherSection
 from raydistill.data.collate import split_by_tokens
+from raydistill.errors import StaleWeightsError
 from raydistill.messages import EvalReport, LoadReport, PromptBatch, Samples, StageReport, TokenRows
 from raydistill.models import StudentSpec
 from raydistill.roles import Handle, Sampled
@@ -61,7 +63,7 @@ class RolloutPool:
             "rollout", section.num_actors, self._create, self._revive, section.timeout_s
         )
         self._spec: EngineSpec | None = None
-        self._newest: tuple[Handle, int] | None = None
+        self._newest: tuple[Handle, str] | None = None  # the weights that every engine holds, and their hash
         self.engine_names: list[str] = []
 
     def _create(self, index: int) -> Any:
@@ -72,7 +74,12 @@ class RolloutPool:
         if self._spec is not None:
             await asyncio.wait_for(actor.start.remote(self._spec), START_TIMEOUT_S)
         if self._newest is not None:
-            await asyncio.wait_for(actor.load.remote(self._newest[0], False), START_TIMEOUT_S)
+            weights, weights_hash = self._newest
+            report = await asyncio.wait_for(actor.load.remote(weights, False), START_TIMEOUT_S)
+            if report.weights_hash != weights_hash:
+                raise StaleWeightsError(
+                    f"rollout-{index}'s replacement loaded {report.weights_hash}, not {weights_hash}"
+                )
 
     def prepare(self) -> list[Any]:
         """Start the slow imports; returns references to wait for (or not)."""
@@ -132,7 +139,7 @@ class RolloutPool:
     async def load(self, weights: Handle, version: int, want_codes: bool) -> list[LoadReport]:
         """See `Rollouts.load`."""
         reports: list[LoadReport] = await self._pool.broadcast("load", weights, want_codes)
-        self._newest = (weights, version)
+        self._newest = (weights, reports[0].weights_hash)
         return reports
 
     async def answer_held_out(self) -> list[Handle]:
@@ -204,39 +211,50 @@ class TeacherPool:
 
 
 class EvaluatorRole:
-    """The evaluation actor as the loop sees it."""
+    """The evaluation actor as the loop sees it; replaced and armed again if it dies."""
 
     def __init__(self, section: EvaluationSection, timeout_s: float) -> None:
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
-        options = {
+        self._options = {
             "num_cpus": section.num_cpus,
             "num_gpus": section.num_gpus,
             "runtime_env": {"env_vars": environment},
         }
-        self.actor = ray.remote(EvaluatorActor).options(**options).remote("evaluator-0")
-        self._timeout_s = timeout_s
+        self._pool: ActorPool[Any] = ActorPool("evaluator", 1, self._create, self._revive, timeout_s)
+        self._arguments: tuple[Any, ...] | None = None
+        self._scored: list[Handle] = []
         self._references: Samples | None = None
         self._lock = asyncio.Lock()
+
+    def _create(self, index: int) -> Any:
+        return ray.remote(EvaluatorActor).options(**self._options).remote(f"evaluator-{index}")
+
+    async def _revive(self, actor: Any, index: int) -> None:
+        if self._arguments is not None:
+            await asyncio.wait_for(actor.start.remote(*self._arguments), START_TIMEOUT_S)
+            await asyncio.wait_for(actor.hold_out.remote(*self._scored), START_TIMEOUT_S)
 
     async def begin(
         self, spec: StudentSpec, objective: ObjectiveSection, references: Samples | None, scored: list[Handle]
     ) -> None:
         """Build the student and keep the teacher's answers on the held-out references."""
-        self._references = references
+        self._pool.begin_run()
         self._lock = asyncio.Lock()  # a lock belongs to one event loop, and each run has its own
-        await asyncio.wait_for(self.actor.start.remote(spec, objective), START_TIMEOUT_S)
-        if scored:
-            await asyncio.wait_for(self.actor.hold_out.remote(*scored), START_TIMEOUT_S)
+        self._references, self._scored, self._arguments = references, scored, (spec, objective)
+        await self._pool.call(0, "start", spec, objective)
+        await self._pool.call(0, "hold_out", *scored)
 
     async def evaluate(self, weights: Handle, version: int, answers: list[Handle]) -> EvalReport:
         """See `Evaluator.evaluate`. Versions are evaluated one after another."""
         async with self._lock:
-            self.actor.load.remote(weights)
-            report: EvalReport = await asyncio.wait_for(
-                self.actor.evaluate.remote(self._references, *answers), self._timeout_s
-            )
+            report: EvalReport = await self._pool.call(0, "evaluate", weights, self._references, *answers)
         assert report.version == version, f"evaluated {report.version}, wanted {version}"
         return report
 
+    async def export_checkpoint(self, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
+        """See `EvaluatorActor.export_checkpoint`."""
+        codes_hash: str = await self._pool.call(0, "export_checkpoint", checkpoint, folder, extra)
+        return codes_hash
+
     def shutdown(self) -> None:
-        ray.kill(self.actor, no_restart=True)
+        self._pool.shutdown()

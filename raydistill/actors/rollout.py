@@ -41,6 +41,11 @@ class EngineSpec:
     probes: TokenRows
     sampled_ids: int | None = None  # sample ids below this only: the teacher has no others; None: all
 
+    @property
+    def builds(self) -> tuple[object, ...]:
+        """All that an engine is built from; probes may change without a new one."""
+        return self.student, self.rollout, self.max_model_len, self.eos_ids, self.sampled_ids
+
 
 class RolloutActor:
     """One sampling engine behind a few typed calls."""
@@ -48,6 +53,7 @@ class RolloutActor:
     def __init__(self, name: str, engine: str) -> None:
         self._name, self._kind = name, engine
         self._engine: Engine | None = None
+        self._spec: EngineSpec | None = None
         self._version = -1
         self._sampled_tokens, self._sampling_cpu_s = 0, 0.0
 
@@ -58,12 +64,14 @@ class RolloutActor:
         return os.getpid()
 
     def start(self, spec: EngineSpec, engine: Engine | None = None) -> str:
-        """Build the engine (tests hand one in) and name the class that really runs."""
-        self._spec = spec
+        """Build the engine (tests hand one in) and name the class that really runs. An equal one is kept."""
+        before, self._spec = self._spec, spec
         self._version = -1
         self._sampled_tokens, self._sampling_cpu_s = 0, 0.0
         if engine is not None:
             self._engine = engine
+        elif self._engine is not None and before is not None and before.builds == spec.builds:
+            pass
         elif spec.rollout.engine == "vllm":
             from raydistill.actors.vllm_engine import VllmEngine
 
@@ -87,6 +95,7 @@ class RolloutActor:
         loaded_s = time.time() - start
         gap_mean = gap_p99 = None
         if weights.probe is not None:
+            assert self._spec is not None
             gap = np.abs(self._engine.score(self._spec.probes) - weights.probe.logprobs_N)
             gap_mean, gap_p99 = float(gap.mean()), float(np.quantile(gap, 0.99))
         return LoadReport(

@@ -63,6 +63,9 @@ class RunSection(Section):
     output: Path = Field(Path("outputs"), description="folder that holds runs/, logs and the results file")
     seed: int = Field(0, ge=0, description="prompts, lambda draws and sampling seeds all derive from it")
     verbose: bool = Field(False, description="show the engines' own output instead of keeping it in log files")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: the same command goes on where an unfinished run stopped; never: start anew"
+    )
 
 
 class StudentSection(Section):
@@ -235,6 +238,16 @@ class EvaluationSection(Section):
     max_new_tokens: PositiveInt = Field(128, description="tokens generated per row for exact_match")
 
 
+class CheckpointSection(Section):
+    """What a crash costs, and what stays on the disk."""
+
+    save_every: PositiveInt = Field(50, description="checkpoint after every so many steps (and at each evaluation)")
+    keep_last: PositiveInt = Field(2, description="newest checkpoints kept: a damaged one leaves the one before it")
+    keep_best: PositiveInt = Field(
+        1, description="best checkpoints kept, by held-out KL (without a teacher: perplexity)"
+    )
+
+
 class ResultsSection(Section):
     """Where metrics, settings and artifacts are recorded."""
 
@@ -296,6 +309,7 @@ class Config(Section):
     trainer: TrainerSection = Field(default_factory=TrainerSection)
     sync: SyncSection = Field(default_factory=SyncSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     results: ResultsSection = Field(default_factory=ResultsSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     world: WorldSection = Field(default_factory=WorldSection)
@@ -329,9 +343,13 @@ class Config(Section):
         return self.needs_rollouts or (self.data.eval_rows > 0 and self.evaluation.exact_match != "off")
 
     def evaluates(self, version: int) -> bool:
-        """Whether a policy version is evaluated and checkpointed: the first, every `eval_every`th and the last."""
+        """Whether a policy version is evaluated: the first, every `eval_every`th and the last."""
         last = self.trainer.num_steps
         return version in (0, last) or version % self.evaluation.eval_every == 0
+
+    def saves(self, version: int) -> bool:
+        """Whether a policy version is checkpointed: those evaluated and every `save_every`th."""
+        return self.evaluates(version) or version % self.checkpoint.save_every == 0
 
     def publishes(self, version: int) -> bool:
         """Whether the trainer sends a version out: every one where the student samples, else those evaluated."""
@@ -339,4 +357,4 @@ class Config(Section):
 
     def checks_codes(self, version: int) -> bool:
         """Whether a version's quantized codes are hashed on both sides of the sync."""
-        return self.quant.format != "none" and (self.evaluates(version) or version % self.sync.codes_check_every == 0)
+        return self.quant.format != "none" and (self.saves(version) or version % self.sync.codes_check_every == 0)

@@ -42,6 +42,11 @@ def read_spans(folder: Path) -> list[Span]:
     return spans_of(read_record(folder))
 
 
+def evaluations_of(folder: Path) -> dict[int, dict[str, float]]:
+    """Version -> metrics of every held-out evaluation in a record."""
+    return {line["version"]: line["metrics"] for line in read_record(folder) if line["kind"] == "evaluation"}
+
+
 def spans_of(lines: Iterable[Mapping[str, Any]]) -> list[Span]:
     """All spans of some lines by start, each once (an evaluation's may stand in its report and among the spans)."""
     spans: set[Span] = set()

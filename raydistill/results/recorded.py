@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from raydistill.config import Config
+from raydistill.errors import RunStopped
 from raydistill.results.deliver import retry_command, start_delivery
 from raydistill.results.provenance import collect
 from raydistill.results.record import RunRecord
@@ -19,27 +20,31 @@ from raydistill.results.store import default_uri
 
 @contextmanager
 def recorded(
-    folder: Path, config: Config, console: Console, data_fingerprint: str | None = None
+    folder: Path, config: Config, console: Console, data_fingerprint: str | None = None, resume_at: int = 0
 ) -> Iterator[RunRecord]:
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
+    A record that is there already is cut back to step `resume_at` and goes on.
     A store that does not answer delays delivery and nothing else: one warning says how to deliver later.
     """
     record = RunRecord(folder)
     settings = json.loads(config.model_dump_json())
-    record.start(
-        name=folder.name,
-        config=settings,
-        provenance=collect(),
-        seed=config.run.seed,
-        data_fingerprint=data_fingerprint,
-    )
+    if record.is_started:
+        record.cut_back(resume_at)
+    else:
+        record.start(
+            name=folder.name,
+            config=settings,
+            provenance=collect(),
+            seed=config.run.seed,
+            data_fingerprint=data_fingerprint,
+        )
     uri = config.results.uri or default_uri(config.run.output.absolute())
     delivery = start_delivery(folder, uri, config.results.experiment)
     try:
         yield record
         record.end("finished")
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, asyncio.CancelledError, RunStopped):
         record.end("interrupted")
         raise
     except BaseException as error:

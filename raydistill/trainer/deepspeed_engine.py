@@ -10,15 +10,19 @@ from __future__ import annotations
 import math
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raydistill.config import TrainerSection
+from raydistill.errors import RunError
 from raydistill.quant.student import adapter_state
 from raydistill.tensors import CompletionModel, SequenceBatch
 from raydistill.trainer.schedule import learning_rate_factor
+
+STATE = "state"  # DeepSpeed's tag: the folder with its files
 
 
 class DeepSpeedEngine:
@@ -97,6 +101,22 @@ class DeepSpeedEngine:
         norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.optimizer._global_grad_norm = norm
         self._engine.optimizer.overflow = bad or not math.isfinite(norm)
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule under `folder`; every rank writes its own files there."""
+        self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on where `save_state` was called; a changed learning rate holds from here on."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+        if path is None:
+            raise RunError(f"DeepSpeed finds no state in {folder}")
+        # The schedule's own state brings the old peak back; the configured one is what the user asks for now.
+        scheduler, groups = self._engine.lr_scheduler, self._engine.optimizer.param_groups
+        scheduler.base_lrs = [self._section.learning_rate] * len(groups)
+        for group in groups:
+            group["initial_lr"] = self._section.learning_rate
+            group["lr"] = self._section.learning_rate * learning_rate_factor(self._section, scheduler.last_epoch)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The trainable state whole on every rank (ZeRO-3 gathers it)."""

@@ -1,4 +1,8 @@
-"""Driver side of the trainer: Ray Train's blocking `fit()` in a thread, the feed in between."""
+"""Driver side of the trainer: Ray Train's blocking `fit()` in a thread, the feed in between.
+
+One group is one attempt. When a rank, the feed or Ray Train's controller dies or hangs, `TrainerLostError` says that a
+new attempt from the last checkpoint may succeed; any other error would come again.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistill.config import Config
-from raydistill.errors import RunError
+from raydistill.errors import RunError, RunStopped, TrainerLostError
 from raydistill.messages import StepOutcome, TokenRows
+from raydistill.processes import Member, end_process
 from raydistill.trainer.worker import TrainerJob, train
+
+GIVE_UP_S = 30.0  # how long a lost group may take to end by itself
 
 
 class TrainerGroup:
     """Start with `start`; then `offer` steps, wait for `outcome`s, pass on `weights` references, `finish`."""
 
-    def __init__(self, config: Config, feed: Any, probes: TokenRows, run_folder: Path) -> None:
-        self._config, self._feed = config, feed
-        self._job = TrainerJob(config=config, probes=probes, feed=feed, run_folder=run_folder)
+    def __init__(
+        self, config: Config, feed: Any, probes: TokenRows, run_folder: Path, resume_from: Path | None, attempt: int = 0
+    ) -> None:
+        self._config, self._feed, self._attempt = config, feed, attempt
+        self._job = TrainerJob(config=config, probes=probes, feed=feed, run_folder=run_folder, resume_from=resume_from)
         self._failure: BaseException | None = None
+        self._members: list[Member] = []
         self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
 
     def start(self) -> None:
@@ -45,7 +56,8 @@ class TrainerGroup:
             ),
             torch_config=TorchConfig(backend="nccl" if section.num_gpus > 0 else "gloo"),
             run_config=RunConfig(
-                name=self._job.run_folder.name,
+                # Ray Train resumes a name that it knows; our checkpoints are our own, so every attempt has a name.
+                name=f"{self._job.run_folder.name}-{self._attempt}",
                 storage_path=str(self._job.run_folder / "ray_train"),
                 worker_runtime_env={"env_vars": worker_environment(self._config)},
             ),
@@ -54,45 +66,70 @@ class TrainerGroup:
             trainer.fit()
         except BaseException as error:
             self._failure = error
-            ray.get(self._feed.close.remote(f"the trainer group failed: {_last_line(error)}"))
+            with suppress(RayError):  # a dead feed has nobody left to tell
+                ray.get(self._feed.close.remote(f"the trainer group failed: {_last_line(error)}"))
 
     async def offer(self, step: int, parts: list[list[Any]]) -> None:
         """Hand a step's references to the ranks."""
         await self._within(self._feed.offer.remote(step, parts))
 
     async def outcome(self, step: int) -> StepOutcome:
-        """Wait until a step is trained (-1: until the first version is published)."""
+        """Wait until a step is trained (-1: until the first version is published). RunStopped after `stop`."""
         try:
-            outcome: StepOutcome = await self._within(self._feed.outcome.remote(step))
+            outcome: StepOutcome | None = await self._within(self._feed.outcome.remote(step))
+            if step < 0:
+                self._members = await self._within(self._feed.members.remote())
         except RunError as error:
-            raise RunError(f"step {step}: {_last_line(self._failure or error)}") from self._failure
+            raise await self._cause(error, f"step {step}: " if step >= 0 else "") from error
+        if outcome is None:
+            raise RunStopped(step)
         return outcome
 
     def weights(self, version: int) -> Any:
         """A reference to a published version; the driver never fetches it."""
         return self._feed.weights.remote(version)
 
+    async def stop(self) -> None:
+        """Ask the ranks to checkpoint and leave before the next step that none has begun."""
+        await self._within(self._feed.stop.remote())
+
     async def finish(self) -> None:
         """Wait for the workers to end."""
         await asyncio.to_thread(self._thread.join, self._config.trainer.timeout_s)
+        if self._thread.is_alive():
+            limit = self._config.trainer.timeout_s
+            raise TrainerLostError(f"the trainer group did not end within trainer.timeout_s={limit:g}")
         if self._failure is not None:
-            raise RunError(f"the trainer group failed: {_last_line(self._failure)}") from self._failure
+            raise await self._cause(self._failure, "the trainer group failed: ") from self._failure
 
     async def _within(self, ref: Any) -> Any:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._config.trainer.timeout_s)
-        except ray.exceptions.RayError as error:
+        except RayActorError as error:
+            raise TrainerLostError(f"the trainer's feed died: {_last_line(error)}") from error
+        except RayError as error:
             raise RunError(_last_line(error)) from error
         except TimeoutError as error:
             limit = self._config.trainer.timeout_s
-            raise RunError(f"the trainer did not answer within trainer.timeout_s={limit:g}") from error
+            raise TrainerLostError(f"the trainer did not answer within trainer.timeout_s={limit:g}") from error
+
+    async def _cause(self, error: BaseException, where: str) -> RunError:
+        """Why the group failed: an error that a rank met would come again, a death is worth another attempt."""
+        fatal: str | None = None
+        with suppress(RayError, TimeoutError):
+            fatal = await asyncio.wait_for(asyncio.wrap_future(self._feed.fatal.remote().future()), GIVE_UP_S)
+        if fatal is not None:
+            return RunError(f"{where}{fatal}")
+        return TrainerLostError(f"{where}{_last_line(self._failure or error)}")
 
     async def abort(self, reason: str) -> None:
-        """Wake the ranks so that they end; the run has failed elsewhere."""
-        # A dead feed has nobody left to wake, and must not hide why the run failed.
-        with suppress(ray.exceptions.RayError):
-            await asyncio.wrap_future(self._feed.close.remote(reason).future())
-        await asyncio.to_thread(self._thread.join, 30)
+        """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint."""
+        with suppress(RayError, TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(self._feed.close.remote(reason).future()), GIVE_UP_S)
+        await asyncio.to_thread(self._thread.join, GIVE_UP_S if self._members else 1.0)
+        for member in self._members:  # a stopped process hears nothing but the kernel
+            await asyncio.to_thread(end_process, member)
+        await asyncio.to_thread(self._thread.join, GIVE_UP_S)
 
 
 def worker_environment(config: Config) -> dict[str, str]:

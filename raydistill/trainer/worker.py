@@ -7,6 +7,7 @@ it trains on. All waits have a time limit.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 import ray
 import torch
 
-from raydistill.checkpoint import save_checkpoint
+from raydistill.checkpoint import read_description, version_of
 from raydistill.config import Config
+from raydistill.errors import RunError, UserError
+from raydistill.ledger import Ledger
 from raydistill.losses.objective import Objective
 from raydistill.merge import split_scored
 from raydistill.messages import (
@@ -30,11 +33,16 @@ from raydistill.messages import (
     reduce_metrics,
 )
 from raydistill.models import StudentSpec, build_student
+from raydistill.processes import this_process
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
 from raydistill.tensors import CompletionModel, score_rows
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
+from raydistill.trainer.save import load_rank, save_rank
 from raydistill.trainer.step import Ranks, run_step
+
+Collected = tuple[StudentWeights | None, tuple[str, str | None]]
+"""A version's whole trained state and its (weights hash, codes hash); (None, ("", None)) on other ranks than 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +53,7 @@ class TrainerJob:
     probes: TokenRows
     feed: Any  # actor handle
     run_folder: Path
+    resume_from: Path | None = None  # a checkpoint's folder
 
 
 def train(job: TrainerJob) -> None:
@@ -52,7 +61,13 @@ def train(job: TrainerJob) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    TrainerRank(job, context.get_world_rank(), context.get_world_size()).run()
+    ray.get(job.feed.join.remote(this_process(f"trainer-{context.get_world_rank()}")))
+    try:
+        TrainerRank(job, context.get_world_rank(), context.get_world_size()).run()
+    except (RunError, UserError, AssertionError) as error:  # anything else may be a neighbour's death
+        with suppress(ray.exceptions.RayError):  # the feed itself may be what died
+            ray.get(job.feed.fail.remote(str(error)))
+        raise
     ray.train.report({"steps": job.config.trainer.num_steps})
 
 
@@ -73,6 +88,8 @@ class TrainerRank:
         self._model = CompletionModel(student)
         self._model.eval().check_head("student.model")
         self._engine = DeepSpeedEngine(self._model, config.trainer, config.student.dtype)
+        self._recent: dict[int, dict[str, float]] = {}  # what a driver that dies may not have written down yet
+        self._may_be_unrecorded = config.sync.max_staleness + 2
         self._ranks = Ranks(world_size=world_size, sum=self._sum_over_ranks)
         o = config.objective
         self._objective = Objective(
@@ -85,26 +102,32 @@ class TrainerRank:
         )
 
     def run(self) -> None:
-        """Version 0 goes out first: the engines start from the same weights the trainer does."""
-        version, skipped = 0, 0
-        weights_hash, codes_hash = self._publish(version)
-        self._report_start(weights_hash, codes_hash)
-        for step in range(self._config.trainer.num_steps):
+        """The first version goes out before anything is trained: the engines start from the trainer's weights."""
+        version = self._restore()
+        weights_hash, codes_hash = self._hand_out(version)
+        self._report_start(version, weights_hash, codes_hash)
+        for step in range(version, self._config.trainer.num_steps):
             wait_start = time.time()
             micro_batches = self._lease(step)
+            if micro_batches is None:
+                self._save(version)
+                return
             self._check_staleness(micro_batches, version)
             start = time.time()
             self._model.train()
             learning_rate = self._engine.learning_rate
             done = run_step(self._engine, self._objective, micro_batches, version, self._ranks, self._device)
-            skipped += done.skipped is not None
+            if done.skipped is None:
+                for micro_batch in micro_batches:
+                    self._ledger.add(micro_batch.samples)
+            self._skipped += done.skipped is not None
             version += 1
             trained = time.time()
-            weights_hash, codes_hash = self._publish(version)
+            metrics = reduce_metrics(done.metrics) | {"trainer/learning_rate": learning_rate}
+            self._recent[step] = metrics | {"trainer/skipped_steps": float(self._skipped)}
+            weights_hash, codes_hash = self._hand_out(version)
             if self._rank == 0:
-                metrics = reduce_metrics(done.metrics) | {
-                    "trainer/learning_rate": learning_rate,
-                    "trainer/skipped_steps": float(skipped),
+                metrics = self._recent[step] | {
                     "trainer/wait_s": start - wait_start,
                     "trainer/busy_s": trained - start,
                     "trainer/publish_s": time.time() - trained,
@@ -120,8 +143,23 @@ class TrainerRank:
                 )
                 self._ask(self._job.feed.report.remote(outcome))
 
-    def _lease(self, step: int) -> list[Scored]:
+    def _restore(self) -> int:
+        """Take up the job's checkpoint, or start at version 0."""
+        folder = self._job.resume_from
+        if folder is None:
+            self._skipped, self._saved = 0, -1
+            self._ledger = Ledger(self._job.run_folder, self._rank)
+            return 0
+        self._ledger = load_rank(folder, self._job.run_folder, self._rank, self._engine)
+        self._saved = version_of(folder)
+        self._skipped = int(read_description(folder)["skipped_steps"])
+        return self._saved
+
+    def _lease(self, step: int) -> list[Scored] | None:
+        """This rank's micro-batches of one step; None if the run is to stop before it."""
         refs = self._ask(self._job.feed.lease.remote(step, self._rank))
+        if refs is None:
+            return None
         parts = ray.get(refs, timeout=self._config.trainer.timeout_s)
         return split_scored(parts, self._config.trainer.sequences_per_micro_batch)
 
@@ -130,32 +168,61 @@ class TrainerRank:
         oldest = min(versions, default=version)
         assert version - oldest <= self._config.sync.max_staleness, f"version {oldest} reached the trainer at {version}"
 
-    def _publish(self, version: int) -> tuple[str, str | None]:
-        """Send version `version` to the feed if anyone needs it; checkpoint it if it will be evaluated."""
+    def _hand_out(self, version: int) -> tuple[str, str | None]:
+        """Checkpoint a version and send it to the feed, where the config wants that; returns its hashes, on rank 0."""
         config = self._config
-        if not config.publishes(version):
+        if not config.publishes(version) and not config.saves(version):
             return "", None
+        collected = self._collect(version)
+        if config.saves(version):
+            self._save(version, collected)
+        weights, hashes = collected
+        if weights is not None and config.publishes(version):
+            self._ask(self._job.feed.publish.remote(weights))
+        return hashes
+
+    def _collect(self, version: int) -> Collected:
+        """On rank 0 the whole trained state with its probe answers, and its hashes; every rank takes part."""
         state = self._engine.adapter_state()
         self._model.eval()
         # Before whole_model: ZeRO-3 fetches for a forward by itself, and lets go of everything afterwards.
         probe = ProbeAnswers(logprobs_N=score_rows(self._model, self._job.probes, self._device))
         with self._engine.whole_model():
-            codes = student_codes(self._model.model) if config.checks_codes(version) else {}
+            codes = student_codes(self._model.model) if self._config.checks_codes(version) else {}
         if self._rank != 0:
-            return "", None
+            return None, ("", None)
         tensors = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in state.items()}
         weights = StudentWeights(version=version, tensors=tensors, probe=probe)
-        weights_hash, codes_hash = hash_tensors(state), hash_codes(codes) if codes else None
-        if config.evaluates(version):
-            description = {"weights_hash": weights_hash, "codes_hash": codes_hash}
-            save_checkpoint(self._job.run_folder / "checkpoints", weights, description)
-        self._ask(self._job.feed.publish.remote(weights))
-        return weights_hash, codes_hash
+        return weights, (hash_tensors(state), hash_codes(codes) if codes else None)
 
-    def _report_start(self, weights_hash: str, codes_hash: str | None) -> None:
+    def _save(self, version: int, collected: Collected | None = None) -> None:
+        """Checkpoint a version, unless it lies there already."""
+        if version == self._saved:
+            return
+        weights, (weights_hash, codes_hash) = collected or self._collect(version)
+        self._recent = {step: m for step, m in self._recent.items() if step >= version - self._may_be_unrecorded}
+        description = {
+            "weights_hash": weights_hash,
+            "codes_hash": codes_hash,
+            "skipped_steps": self._skipped,
+            "world_size": self._ranks.world_size,
+            "steps": self._recent,
+            "config": self._config.model_dump(mode="json"),
+        }
+        root = self._job.run_folder / "checkpoints"
+        save_rank(root, version, self._rank, self._engine, self._ledger, weights, description)
+        self._saved = version
+
+    def _report_start(self, version: int, weights_hash: str, codes_hash: str | None) -> None:
         if self._rank == 0:
             outcome = StepOutcome(
-                step=-1, version=0, weights_hash=weights_hash, codes_hash=codes_hash, skipped=None, metrics={}, spans=()
+                step=-1,
+                version=version,
+                weights_hash=weights_hash,
+                codes_hash=codes_hash,
+                skipped=None,
+                metrics={},
+                spans=(),
             )
             self._ask(self._job.feed.report.remote(outcome))
 

@@ -52,7 +52,8 @@ ENTRY_POINTS = (
 )
 ONLY_IMPORTED_BY = {
     "raydistill.launch": ENTRY_POINTS,
-    "raydistill.loop": ("raydistill.launch", *ENTRY_POINTS),
+    "raydistill.loop": ("raydistill.attempt", "raydistill.launch", *ENTRY_POINTS),
+    "raydistill.attempt": ("raydistill.launch",),
     "raydistill.train": ("raydistill.__main__",),
     "raydistill.__main__": (),
 }

@@ -12,13 +12,16 @@ import pytest
 
 from raydistill import checkpoint
 from raydistill.checkpoint import (
-    CheckpointKeeper,
     checkpoint_folder,
+    damage,
     load_checkpoint,
+    newest_checkpoint,
     read_description,
+    remove_checkpoint,
     save_checkpoint,
 )
 from raydistill.errors import RunError
+from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import StudentWeights
 from raydistill.quant.hashing import hash_tensors
 
@@ -59,7 +62,10 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.version == 150
     assert loaded.probe is None
     assert hash_tensors(loaded.tensors) == hash_tensors(weights(150).tensors)
-    assert read_description(folder) == {"version": 150, "codes_hash": "abc"}
+    description = read_description(folder)
+    assert list(description.pop("files")) == ["weights.safetensors"]
+    assert description == {"version": 150, "codes_hash": "abc"}
+    assert damage(folder) is None
 
 
 def test_saving_a_version_again_replaces_it(tmp_path: Path) -> None:
@@ -119,7 +125,7 @@ def write_description(text: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "harm",
     [
         truncate_weights,
         flip_a_byte,
@@ -132,12 +138,62 @@ def write_description(text: str) -> Any:
     ],
     ids=["cut", "one bit", "empty", "no weights", "no description", "torn json", "no version", "a list"],
 )
-def test_damage_is_recognised(tmp_path: Path, damage: Any) -> None:
+def test_damage_is_recognised(tmp_path: Path, harm: Any) -> None:
     folder = save(tmp_path, 4, weights_hash=hash_tensors(weights(4).tensors))
     assert load_checkpoint(folder).version == 4
-    damage(folder)
+    harm(folder)
     with pytest.raises(RunError, match=r"step-000004 is damaged"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("harm", [truncate_weights, flip_a_byte, write_description("{"), write_description("[]")])
+def test_the_newest_whole_checkpoint_is_used_and_damage_is_told(tmp_path: Path, harm: Any) -> None:
+    assert newest_checkpoint(tmp_path) == (None, [])
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    assert newest_checkpoint(tmp_path) == (checkpoint_folder(tmp_path, 10), [])
+    harm(checkpoint_folder(tmp_path, 10))
+    (tmp_path / ".writing-step-000015").mkdir()  # a crash while writing
+    folder, (complaint,) = newest_checkpoint(tmp_path)
+    assert folder == checkpoint_folder(tmp_path, 5)
+    assert "step-000010 is damaged" in complaint
+
+
+def test_a_folder_under_another_versions_name_is_damaged(tmp_path: Path) -> None:
+    save(tmp_path, 5).rename(tmp_path / "step-000007")
+    assert "version 5" in (damage(tmp_path / "step-000007") or "")
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    (folder / "weights.safetensors").unlink()
+    assert damage(folder) == "weights.safetensors is missing"
+
+
+def test_removing_a_checkpoint_that_is_gone_is_harmless(tmp_path: Path) -> None:
+    remove_checkpoint(save(tmp_path, 5))
+    remove_checkpoint(checkpoint_folder(tmp_path, 5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_so_many_newest_and_best_are_kept(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path, keep_last=2, keep_best=2, is_evaluated=lambda version: version % 10 == 0)
+    for version in range(0, 35, 5):
+        save(tmp_path, version)
+        if version % 10 == 0:
+            keeper.evaluated(version, {KL: {0: 0.4, 10: 0.1, 20: 0.2, 30: 0.3}[version]})
+        keeper.remove_the_rest()
+    assert versions(tmp_path) == [10, 20, 25, 30]
+
+
+def test_an_earlier_lifes_evaluations_decide_what_is_best(tmp_path: Path) -> None:
+    for version in (0, 5, 10):
+        save(tmp_path, version)
+    keeper = CheckpointKeeper(tmp_path)
+    keeper.restore({0: {KL: 0.5}, 5: {KL: 0.1}, 7: {KL: 0.0}})  # 7 was removed
+    assert keeper.best_version == 5
+    assert not keeper.evaluated(10, {KL: 0.2})
+    assert versions(tmp_path) == [5, 10]
 
 
 def test_best_and_last_are_kept(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""One attempt at a run: arm the pools, start a trainer group at a checkpoint, loop to the end.
+
+`launch` makes another attempt when the trainer group is lost. Pools and their engines stay; feed and trainer are new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from rich.console import Console
+
+from raydistill.actors.feed import Feed
+from raydistill.actors.pools import rank_of
+from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_references, sampling_seed
+from raydistill.driver_records import DriverRecords
+from raydistill.inputs import RunInputs
+from raydistill.keeper import CheckpointKeeper
+from raydistill.loop import DistillationLoop, LoopSummary
+from raydistill.messages import Samples, Scored
+from raydistill.models import StudentSpec
+from raydistill.results.record import RunRecord
+from raydistill.resume import ResumePoint
+from raydistill.roles import Roles, Sampled
+from raydistill.trainer.group import TrainerGroup
+
+if TYPE_CHECKING:
+    from raydistill.launch import Pools
+
+
+class Attempt:
+    """One feed, one trainer group, one loop; `run` ends with the loop's summary or with what went wrong."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        pools: Pools,
+        record: RunRecord,
+        keeper: CheckpointKeeper,
+        point: ResumePoint,
+        number: int,
+    ) -> None:
+        config = inputs.config
+        self._inputs, self._pools, self._record, self._keeper = inputs, pools, record, keeper
+        self._config, self._point = config, point
+        folder = record.path.parent
+        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000)
+        self._feed = feed.remote(config.sync.max_staleness + 2)
+        self._trainer = TrainerGroup(config, self._feed, inputs.probes(), folder, point.folder, number)
+        self._name = folder.name
+
+    async def run(self, console: Console, seconds: dict[str, float]) -> LoopSummary:
+        """Train from the attempt's checkpoint to the end; adds its start-up and training time to `seconds`."""
+        start = time.time()
+        self._trainer.start()
+        try:
+            with console.status("starting engines, teachers and trainer workers"):
+                await self._arm()
+                await self._trainer.outcome(-1)
+            self._record_engines()
+            armed = time.time()
+            seconds["start"] = seconds.get("start", 0.0) + armed - start
+            with DriverRecords(
+                self._record, console, self._config.trainer.num_steps, self._name, self._keeper, self._point.version
+            ) as records:
+                loop = DistillationLoop(self._config, self._roles(records), self._point.version, self._point.skipped)
+                summary = await loop.run()
+            await self._trainer.finish()
+            seconds["train"] = seconds.get("train", 0.0) + time.time() - armed
+            return summary
+        finally:
+            await asyncio.shield(self._end())
+
+    async def stop(self) -> None:
+        """Let the ranks checkpoint and leave; `run` then raises RunStopped."""
+        await self._trainer.stop()
+
+    async def _end(self) -> None:
+        await self._trainer.abort("the attempt is over")
+        ray.kill(self._feed)
+
+    async def _arm(self) -> None:
+        """Bring pools and evaluator up, all at the same time."""
+        config, pools, held_out = self._config, self._pools, self._inputs.data.held_out
+        work = []
+        if config.needs_rollout_pool:
+            prompts = held_out_prompts(held_out) if config.evaluation.exact_match != "off" else None
+            seed = config.run.seed
+            spec = self._inputs.engine_spec()
+            work.append(pools.rollouts.begin(config, spec, prompts, lambda s, i: sampling_seed(seed, s, i)))
+        work.append(self._arm_evaluator(StudentSpec.of(config), held_out_references(held_out)))
+        await asyncio.gather(*work)
+
+    async def _arm_evaluator(self, spec: StudentSpec, references: Samples | None) -> None:
+        config, pools = self._config, self._pools
+        scored = []
+        if config.needs_teacher:
+            await pools.teachers.begin(config.teacher, config.objective, self._inputs.facts.vocab_size)
+        if references is not None:
+            if config.needs_teacher:
+                _, handle = await pools.teachers.score(references, references.completions.num_tokens)
+            else:
+                handle = ray.put(Scored(samples=references, target=None))
+            scored.append(handle)
+        await pools.evaluator.begin(spec, config.objective, references, scored)
+
+    def _roles(self, records: DriverRecords) -> Roles:
+        config, pools = self._config, self._pools
+        schedule = StepSchedule(
+            self._inputs.data.train,
+            config.run.seed,
+            config.trainer.sequences_per_step,
+            config.objective.on_policy_fraction,
+            config.objective.mixing,
+        )
+        return Roles(
+            prompts=schedule,
+            rollouts=pools.rollouts if config.needs_rollout_pool else None,
+            teachers=pools.teachers if config.needs_teacher else None,
+            trainer=self._trainer,
+            evaluator=pools.evaluator if self._inputs.data.held_out else None,
+            records=records,
+            reference_parts=self._reference_parts,
+        )
+
+    def _reference_parts(self, references: Samples) -> list[Any]:
+        """References for each trainer rank; without a teacher they are wrapped as the trainer expects them."""
+        workers = self._config.trainer.num_workers
+        parts = []
+        for rank in range(workers):
+            rows = [r for r, index in enumerate(references.indices) if rank_of(index, workers) == rank]
+            if rows:
+                samples = references.take(rows)
+                handle = samples if self._config.needs_teacher else ray.put(Scored(samples=samples, target=None))
+                parts.append(Sampled(rank=rank, num_tokens=samples.completions.num_tokens, samples=handle))
+        return parts
+
+    def _record_engines(self) -> None:
+        rows = []
+        if self._config.needs_rollout_pool:
+            rows += [
+                {"role": f"rollout-{i}", "class": name} for i, name in enumerate(self._pools.rollouts.engine_names)
+            ]
+        if self._config.needs_teacher:
+            rows += [{"role": f"teacher-{i}", "class": name} for i, name in enumerate(self._pools.teachers.class_names)]
+        self._record.table("engines", rows)

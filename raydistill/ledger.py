@@ -1,0 +1,69 @@
+"""What was trained: one line for each sequence of each optimizer step, written by the rank that trained on it.
+
+    ledger/rank-0.jsonl   {"step": 3, "index": 0, "row": "...", "text": "9f2c...", "version": 2}
+
+`version` is the policy that wrote the completion (-1: the data set). A checkpoint notes how long each rank's file was; a
+resumed run cuts the files back to that. So the surviving history holds each (step, index) exactly once, and a step that
+was skipped not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from raydistill.messages import Samples
+
+FOLDER = "ledger"
+
+
+class Ledger:
+    """One rank's file, opened at the length that the checkpoint knows."""
+
+    def __init__(self, run_folder: Path, rank: int, size_bytes: int = 0) -> None:
+        path = ledger_path(run_folder, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        self._file.truncate(size_bytes)
+        self._file.seek(0, os.SEEK_END)
+
+    def add(self, samples: Samples) -> None:
+        """The sequences of one micro-batch that was trained on."""
+        rows = zip(samples.indices, samples.row_ids, samples.completions.rows(), samples.policy_versions, strict=True)
+        for index, row, ids, version in rows:
+            text = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+            line = {"step": samples.step, "index": index, "row": row, "text": text, "version": version}
+            self._file.write(json.dumps(line).encode() + b"\n")
+
+    def commit(self) -> int:
+        """Bring every line to the disk; returns the file's length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+
+def ledger_path(run_folder: Path, rank: int) -> Path:
+    return run_folder / FOLDER / f"rank-{rank}.jsonl"
+
+
+def read_ledger(run_folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of all ranks, rank by rank; a torn last line is left out."""
+    for path in sorted((run_folder / FOLDER).glob("rank-*.jsonl")):
+        for raw in path.read_bytes().splitlines(keepends=True):
+            if raw.endswith(b"\n"):
+                yield json.loads(raw)
+
+
+def ledger_problems(run_folder: Path, steps: Sequence[int], sequences_per_step: int) -> list[str]:
+    """What is wrong with a run's ledger: sequences of `steps` that are missing, or trained on more than once."""
+    counts = Counter((line["step"], line["index"]) for line in read_ledger(run_folder))
+    expected = {(step, index) for step in steps for index in range(sequences_per_step)}
+    twice = sorted(key for key, count in counts.items() if count > 1)
+    missing, foreign = sorted(expected - counts.keys()), sorted(counts.keys() - expected)
+    found = (("trained more than once", twice), ("missing", missing), ("of no known step", foreign))
+    return [f"{len(keys)} sequences {what}, first (step, index) {keys[0]}" for what, keys in found if keys]

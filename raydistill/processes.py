@@ -1,0 +1,44 @@
+"""Processes of the cluster, by node and id: for ending one that no longer listens (a stopped or hanging process)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+END_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process of a run."""
+
+    name: str
+    node_id: str
+    pid: int
+
+
+def this_process(name: str) -> Member:
+    """Called inside an actor or a training worker."""
+    return Member(name=name, node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+
+
+def end_process(member: Member) -> None:
+    """`kill -9` on the member's node; harmless if it has ended, or if its node is gone."""
+    where = NodeAffinitySchedulingStrategy(node_id=member.node_id, soft=False)
+    kill: Any = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where)
+    with suppress(ray.exceptions.RayError):
+        ray.get(kill.remote(member.pid), timeout=END_TIMEOUT_S)
+
+
+def _kill(pid: int) -> None:
+    with suppress(OSError):
+        # The id may belong to somebody else by now: Ray's workers name themselves.
+        if b"ray" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,199 @@
+"""Which run a command is about: a new one, or one that stopped before its end and goes on from its last checkpoint.
+
+    folder = run_folder(config, data_fingerprint)
+    with locked(folder):
+        point = find_checkpoint(folder)
+
+With `run.name` the folder is known. Without, the same command means the newest unfinished run whose settings are the
+same. Settings that change what is computed may not change on the way; those of `MAY_CHANGE` may.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from raydistill.checkpoint import newest_checkpoint, read_description, version_of
+from raydistill.config import Config
+from raydistill.errors import UserError
+from raydistill.results.record_lines import read_record
+
+LOCK = "run.lock"
+MAY_CHANGE = (
+    "run.name",
+    "run.output",
+    "run.verbose",
+    "run.resume",
+    "trainer.num_steps",
+    "trainer.learning_rate",
+    "trainer.lr_schedule",
+    "trainer.warmup_fraction",
+    "trainer.max_skipped_fraction",
+    "trainer.timeout_s",
+    "trainer.num_cpus",
+    "teacher.num_actors",
+    "teacher.num_gpus",
+    "teacher.num_cpus",
+    "teacher.batch_tokens",
+    "rollout.num_actors",
+    "rollout.num_gpus",
+    "rollout.num_cpus",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_gib",
+    "rollout.timeout_s",
+    "sync.max_policy_gap_nats",
+    "sync.codes_check_every",
+    "evaluation.eval_every",
+    "evaluation.num_gpus",
+    "evaluation.num_cpus",
+    "checkpoint.",
+    "results.",
+    "cluster.",
+    "study.",
+    "world.",
+)
+"""Fields (or, with a dot at the end, sections) that a resumed run may set anew."""
+OPERATIONAL = ("run.name", "run.output", "run.verbose", "run.resume", "cluster.", "world.")
+"""Of these, what may differ between two starts of the same command that names no run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """Where a run goes on; version 0 without a folder is its beginning."""
+
+    folder: Path | None
+    version: int
+    skipped: int
+    steps: Mapping[int, Mapping[str, float]]  # metrics of the last steps before it
+    complaints: tuple[str, ...] = ()
+
+
+def run_folder(config: Config, data_fingerprint: str) -> Path:
+    """The folder of this command's run: an unfinished one that it resumes, or one that does not exist yet."""
+    runs = (config.run.output / "runs").absolute()
+    if config.run.name is not None:
+        folder = runs / config.run.name
+        if folder.exists():
+            _check_named(folder, config, data_fingerprint)
+        return folder
+    if config.run.resume == "auto":
+        for folder in _newest_first(runs):
+            is_idle = _is_unfinished(folder) and not _is_locked(folder)
+            if is_idle and not differences(folder, config, data_fingerprint, OPERATIONAL):
+                return folder
+    return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+
+
+def _check_named(folder: Path, config: Config, data_fingerprint: str) -> None:
+    """Make sure that a run of this name can go on; with run.resume=never its folder is set aside."""
+    if config.run.resume == "never":
+        if _is_locked(folder):
+            raise UserError(f"run.name={folder.name!r} is at work in another process; choose another run.name")
+        folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        return
+    status = last_status(folder)
+    if status is None and (folder / LOCK).exists():
+        return  # ended before its first line
+    if status is None:
+        raise UserError(f"run.name={folder.name!r}: {folder} exists and is no run; choose another run.name")
+    if status == "finished":
+        raise UserError(
+            f"run.name={folder.name!r} has finished (see {folder}); choose another run.name, or start it anew with "
+            "--resume never, which sets the old folder aside"
+        )
+    changed = differences(folder, config, data_fingerprint, MAY_CHANGE)
+    if changed:
+        raise UserError(
+            f"run.name={folder.name!r} cannot go on with other settings: {'; '.join(changed)}. Take them back, choose "
+            "another run.name, or start anew with --resume never"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; UserError if another process is at work there. The lock ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"run.name={folder.name!r} is at work in another process (it holds {folder / LOCK}); wait for it, stop it, or "
+            "choose another run.name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find_checkpoint(folder: Path) -> ResumePoint:
+    """The newest whole checkpoint of a run."""
+    checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return ResumePoint(folder=None, version=0, skipped=0, steps={}, complaints=tuple(complaints))
+    description = read_description(checkpoint)
+    return ResumePoint(
+        folder=checkpoint,
+        version=version_of(checkpoint),
+        skipped=int(description.get("skipped_steps", 0)),
+        steps={int(step): metrics for step, metrics in description.get("steps", {}).items()},
+        complaints=tuple(complaints),
+    )
+
+
+def last_status(folder: Path) -> str | None:
+    """How a run's last life ended: finished, failed, interrupted, or "unfinished"; None where there is no record."""
+    status = None
+    for line in read_record(folder):
+        if line["kind"] in ("start", "resume"):
+            status = "unfinished"
+        elif line["kind"] == "end":
+            status = line["status"]
+    return status
+
+
+def differences(folder: Path, config: Config, data_fingerprint: str, allowed: tuple[str, ...]) -> list[str]:
+    """`field was x, is y` for the data and every setting that differ from the run's record, but for those that may."""
+    start = next(read_record(folder), None)
+    if start is None:
+        return ["the run has no record"]
+    before, now = _flat(start["config"]), _flat(json.loads(config.model_dump_json()))
+    before["data fingerprint"], now["data fingerprint"] = start["data_fingerprint"], data_fingerprint
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed if not _is_listed(name, allowed)
+    ]
+
+
+def _is_listed(name: str, fields: tuple[str, ...]) -> bool:
+    return any(name == field or (field.endswith(".") and name.startswith(field)) for field in fields)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+
+
+def _newest_first(runs: Path) -> list[Path]:
+    folders = [folder for folder in runs.glob("*") if (folder / LOCK).exists()]
+    return sorted(folders, key=lambda folder: (folder / LOCK).stat().st_mtime, reverse=True)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    return last_status(folder) not in (None, "finished")
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with FileLock(folder / LOCK).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True

@@ -1,0 +1,65 @@
+"""The ledger holds what was trained, each sequence once, and is cut back to what a checkpoint knows."""
+
+import json
+from pathlib import Path
+
+from raydistill.ledger import Ledger, ledger_path, ledger_problems, read_ledger
+from raydistill.messages import Samples, TokenRows
+
+
+def samples(step: int, indices: tuple[int, ...]) -> Samples:
+    size = len(indices)
+    return Samples(
+        step=step,
+        indices=indices,
+        row_ids=tuple(f"row-{index}" for index in indices),
+        prompts=TokenRows.from_rows([[1]] * size),
+        completions=TokenRows.from_rows([[step, index] for index in indices]),
+        policy_versions=(step,) * size,
+        finish_reasons=("stop",) * size,
+    )
+
+
+def test_lines_say_what_was_trained(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, rank=1)
+    ledger.add(samples(3, (4, 6)))
+    assert ledger.commit() == ledger_path(tmp_path, 1).stat().st_size
+    first, second = read_ledger(tmp_path)
+    text = first.pop("text")
+    assert first == {"step": 3, "index": 4, "row": "row-4", "version": 3}
+    assert text != second["text"]
+    assert len(text) == 16
+
+
+def test_a_ledger_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, rank=0)
+    ledger.add(samples(0, (0, 1)))
+    size = ledger.commit()
+    ledger.add(samples(1, (0, 1)))
+    ledger.commit()
+    again = Ledger(tmp_path, 0, size)
+    again.add(samples(1, (0, 1)))
+    again.commit()
+    assert [(line["step"], line["index"]) for line in read_ledger(tmp_path)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert ledger_problems(tmp_path, range(2), 2) == []
+
+
+def test_a_torn_line_does_not_count(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, rank=0)
+    ledger.add(samples(0, (0,)))
+    ledger.commit()
+    with ledger_path(tmp_path, 0).open("a") as file:
+        file.write(json.dumps({"step": 1, "index": 0})[:-3])
+    assert len(list(read_ledger(tmp_path))) == 1
+
+
+def test_missing_double_and_foreign_sequences_are_found(tmp_path: Path) -> None:
+    for rank, indices in enumerate([(0, 1), (1, 2, 9)]):
+        ledger = Ledger(tmp_path, rank)
+        ledger.add(samples(0, indices))
+        ledger.commit()
+    assert ledger_problems(tmp_path, [0], 4) == [
+        "1 sequences trained more than once, first (step, index) (0, 1)",
+        "1 sequences missing, first (step, index) (0, 3)",
+        "1 sequences of no known step, first (step, index) (0, 9)",
+    ]

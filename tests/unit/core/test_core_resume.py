@@ -1,0 +1,125 @@
+"""Which run a command is about, and which settings may change on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydistill.config import Config
+from raydistill.errors import UserError
+from raydistill.resume import LOCK, find_checkpoint, last_status, locked, run_folder
+from raydistill.results.record import RunRecord
+
+DATA = "data-1"
+
+
+def make_config(output: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {"run": {"output": output}}
+    for dotted, value in changes.items():
+        section, name = dotted.split("__")
+        tree.setdefault(section, {})[name] = value
+    return Config.model_validate(tree)
+
+
+def begin(folder: Path, config: Config, end: Any = None) -> None:
+    """A run that a driver began, and ended (or not)."""
+    with locked(folder), RunRecord(folder) as record:
+        settings = json.loads(config.model_dump_json())
+        record.start(name=folder.name, config=settings, provenance={}, seed=0, data_fingerprint=DATA)
+        if end:
+            record.end(end)
+
+
+def test_a_command_without_a_name_starts_a_run_of_its_own(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    first, second = run_folder(config, DATA), run_folder(config, DATA)
+    assert first.parent == tmp_path / "runs"
+    assert first != second
+    assert not first.exists()
+
+
+@pytest.mark.parametrize("end", [None, "failed", "interrupted"])
+def test_the_same_command_goes_on_with_what_it_left(tmp_path: Path, end: Any) -> None:
+    config = make_config(tmp_path)
+    folder = run_folder(config, DATA)
+    begin(folder, config, end)
+    assert run_folder(config, DATA) == folder
+    assert run_folder(make_config(tmp_path, run__verbose=True), DATA) == folder
+
+
+@pytest.mark.parametrize(
+    "changes", [{"run__resume": "never"}, {"trainer__num_steps": 7}, {"trainer__learning_rate": 1e-3}], ids=str
+)
+def test_another_command_starts_a_run_of_its_own(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = make_config(tmp_path)
+    folder = run_folder(config, DATA)
+    begin(folder, config)
+    assert run_folder(make_config(tmp_path, **changes), DATA) != folder
+    assert run_folder(config, "data-2") != folder
+
+
+def test_a_finished_run_and_one_at_work_are_left_alone(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    finished = run_folder(config, DATA)
+    begin(finished, config, "finished")
+    working = run_folder(config, DATA)
+    begin(working, config)
+    with locked(working):
+        assert run_folder(config, DATA) not in (finished, working)
+    assert run_folder(config, DATA) == working
+
+
+def test_a_named_run_goes_on_with_settings_that_may_change(tmp_path: Path) -> None:
+    config = make_config(tmp_path, run__name="a")
+    begin(tmp_path / "runs" / "a", config, "interrupted")
+    changed = make_config(tmp_path, run__name="a", trainer__num_steps=7, trainer__learning_rate=1e-3, run__verbose=True)
+    assert run_folder(changed, DATA) == tmp_path / "runs" / "a"
+
+
+def test_settings_that_may_not_change_are_all_listed(tmp_path: Path) -> None:
+    begin(tmp_path / "runs" / "a", make_config(tmp_path, run__name="a"))
+    changed = make_config(tmp_path, run__name="a", quant__format="int2", run__seed=3)
+    with pytest.raises(UserError) as caught:
+        run_folder(changed, "data-2")
+    for part in ("quant.format was 'int4', is 'int2'", "run.seed was 0, is 3", "data fingerprint was 'data-1'"):
+        assert part in str(caught.value)
+
+
+def test_a_finished_named_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = make_config(tmp_path, run__name="a")
+    folder = tmp_path / "runs" / "a"
+    begin(folder, config, "finished")
+    with pytest.raises(UserError, match="has finished"):
+        run_folder(config, DATA)
+    assert run_folder(make_config(tmp_path, run__name="a", run__resume="never"), DATA) == folder
+    (aside,) = (tmp_path / "runs").glob("a.before-*")
+    assert last_status(aside) == "finished"
+    assert not folder.exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="is no run"):
+        run_folder(make_config(tmp_path, run__name="a"), DATA)
+
+
+def test_a_run_that_died_before_its_first_line_starts_again(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    with locked(folder):
+        pass
+    assert (folder / LOCK).exists()
+    assert run_folder(make_config(tmp_path, run__name="a"), DATA) == folder
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    with locked(folder), pytest.raises(UserError, match="at work in another process"), locked(folder):
+        pass
+    with locked(folder):
+        pass
+
+
+def test_without_a_checkpoint_a_run_starts_at_its_beginning(tmp_path: Path) -> None:
+    point = find_checkpoint(tmp_path)
+    assert (point.folder, point.version, point.skipped) == (None, 0, 0)
