@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("raydistill.train", "train_command", "distil a student as a config says"),
     "evaluate": ("raydistill.evaluate.command", "evaluate_command", "score exported students, runs and models"),
     "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
+    "runs": ("raydistill.runs", "runs_command", "the runs of a folder and their disk; prune frees it"),
     "config": ("raydistill.cli", "config_command", "show, check and explain settings"),
 }
 

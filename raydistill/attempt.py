@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from rich.console import Console
@@ -21,13 +21,11 @@ from raydistill.keeper import CheckpointKeeper
 from raydistill.loop import DistillationLoop, LoopSummary
 from raydistill.messages import Samples, Scored
 from raydistill.models import StudentSpec
+from raydistill.ray_metrics import RayMetrics
 from raydistill.results.record import RunRecord
 from raydistill.resume import ResumePoint
-from raydistill.roles import Roles, Sampled
+from raydistill.roles import Pools, Roles, Sampled
 from raydistill.trainer.group import TrainerGroup
-
-if TYPE_CHECKING:
-    from raydistill.launch import Pools
 
 
 class Attempt:
@@ -62,9 +60,16 @@ class Attempt:
             self._record_engines()
             armed = time.time()
             seconds["start"] = seconds.get("start", 0.0) + armed - start
-            with DriverRecords(
-                self._record, console, self._config.trainer.num_steps, self._name, self._keeper, self._point.version
-            ) as records:
+            records = DriverRecords(
+                self._record,
+                console,
+                self._config.trainer.num_steps,
+                self._name,
+                self._keeper,
+                RayMetrics(self._name, self._pools.queue_depths),
+                self._point.version,
+            )
+            with records:
                 loop = DistillationLoop(self._config, self._roles(records), self._point.version, self._point.skipped)
                 summary = await loop.run()
             await self._trainer.finish()

@@ -1,4 +1,4 @@
-"""The loop's records role: the run's record on disk, the checkpoints worth keeping, the progress bar on the console."""
+"""The loop's records role: the run's record on disk, checkpoints worth keeping, Ray's metrics, the bar on the console."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
+from raydistill.ray_metrics import RayMetrics
 from raydistill.results.record import RunRecord
 
 
@@ -20,9 +21,10 @@ class DriverRecords:
         num_steps: int,
         title: str,
         keeper: CheckpointKeeper,
+        metrics: RayMetrics,
         first_step: int = 0,
     ) -> None:
-        self._record, self._console, self._keeper = record, console, keeper
+        self._record, self._console, self._keeper, self._metrics = record, console, keeper, metrics
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -45,6 +47,7 @@ class DriverRecords:
     def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
         self._record.step(outcome.step, metrics)
         self._keeper.remove_the_rest()
+        self._metrics.step(outcome.step, metrics)
         note = f"loss {metrics.get('trainer/loss', float('nan')):.4f}"
         if "rollout/completion_tokens" in metrics:
             note += f", {metrics['rollout/completion_tokens']:.0f} tokens/completion"
@@ -55,9 +58,11 @@ class DriverRecords:
 
     def sync(self, report: LoadReport) -> None:
         self._record.sync(report)
+        self._metrics.sync(report)
 
     def evaluation(self, report: EvalReport) -> None:
         self._record.evaluation(report)
+        self._metrics.evaluation(report)
         self._record.spans([report.span])
         self._keeper.evaluated(report.version, report.metrics)
         numbers = ", ".join(

@@ -13,6 +13,14 @@ BEST = "best.json"
 FALLBACK = "evaluate/perplexity"  # without a teacher
 
 
+def read_best(root: Path) -> int | None:
+    """The best version as the keeper last wrote it down."""
+    try:
+        return int(json.loads((root / BEST).read_text())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class CheckpointKeeper:
     """Keeps the newest `keep_last` versions, the best `keep_best` and those that wait for their evaluation.
 

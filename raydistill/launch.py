@@ -18,6 +18,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import RunError, TrainerLostError, UserError
+from raydistill.roles import Pools
 from raydistill.signals import stop_on_signals
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from raydistill.results.record import RunRecord
     from raydistill.resume import ResumePoint
 
+__all__ = ["Pools", "RunSummary", "make_pools", "run", "start_cluster"]
 MAX_FAILURES = 3  # of the trainer group without a new checkpoint in between: its cause will not go away
 
 
@@ -48,21 +50,6 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON types."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-
-@dataclass(slots=True)
-class Pools:
-    """Actors that outlive a run; None where no run needs them."""
-
-    rollouts: Any = None
-    teachers: Any = None
-    evaluator: Any = None
-
-    def shutdown(self) -> None:
-        """End every actor."""
-        for pool in (self.rollouts, self.teachers, self.evaluator):
-            if pool is not None:
-                pool.shutdown()
 
 
 def start_cluster(config: Config) -> None:
@@ -96,9 +83,11 @@ def make_pools(config: Config) -> Pools:
     from raydistill.actors.pools import EvaluatorRole, RolloutPool, TeacherPool
 
     return Pools(
-        rollouts=RolloutPool(config.rollout) if config.needs_rollout_pool else None,
-        teachers=TeacherPool(config.teacher, config.rollout.timeout_s) if config.needs_teacher else None,
-        evaluator=EvaluatorRole(config.evaluation, config.rollout.timeout_s),
+        rollouts=RolloutPool(config.rollout, config.cluster.by_role) if config.needs_rollout_pool else None,
+        teachers=TeacherPool(config.teacher, config.rollout.timeout_s, config.cluster.by_role)
+        if config.needs_teacher
+        else None,
+        evaluator=EvaluatorRole(config.evaluation, config.rollout.timeout_s, config.cluster.by_role),
     )
 
 
@@ -134,7 +123,7 @@ class Launch:
         config = self._config = inputs.config
         self._folder = run_folder(config, inputs.data.fingerprint)
         start_cluster(config)
-        check_placement(placement_plan(config), ray.cluster_resources())
+        check_placement(placement_plan(config), ray.cluster_resources(), config.cluster.by_role)
         self._seconds["checks"] = time.time() - start
         with locked(self._folder):
             point = find_checkpoint(self._folder)

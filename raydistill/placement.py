@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from raydistill.config import Config
 from raydistill.errors import ResourceError
 
+ROLE_SHARE = 0.001
+"""Of a node's role resource (`rollout`, `teacher`, `trainer`) for one actor: it says where, the CPUs and GPUs how many."""
+ROLES = ("rollout", "teacher", "trainer")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
@@ -40,8 +44,14 @@ def placement_plan(config: Config) -> list[Demand]:
     return plan
 
 
-def check_placement(plan: list[Demand], resources: dict[str, float]) -> None:
+def check_placement(plan: list[Demand], resources: dict[str, float], by_role: bool = False) -> None:
     """ResourceError if the plan needs more than the cluster's `resources` (as `ray.cluster_resources()` gives them)."""
+    missing = [d.role for d in plan if d.role in ROLES and d.role not in resources] if by_role else []
+    if missing:
+        raise ResourceError(
+            f"cluster.by_role=true asks for nodes with the resource {missing[0]!r}, and the cluster has none; start one with "
+            f"`ray start --address=... --resources='{{\"{missing[0]}\": 1}}'`, or leave cluster.by_role out"
+        )
     for kind, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
         needed = sum(d.count * getattr(d, field) for d in plan)
         there = resources.get(kind, 0.0)

@@ -86,7 +86,7 @@ def run_folder(config: Config, data_fingerprint: str) -> Path:
         return folder
     if config.run.resume == "auto":
         for folder in _newest_first(runs):
-            is_idle = _is_unfinished(folder) and not _is_locked(folder)
+            is_idle = _is_unfinished(folder) and not is_at_work(folder)
             if is_idle and not differences(folder, config, data_fingerprint, OPERATIONAL):
                 return folder
     return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
@@ -95,7 +95,7 @@ def run_folder(config: Config, data_fingerprint: str) -> Path:
 def _check_named(folder: Path, config: Config, data_fingerprint: str) -> None:
     """Make sure that a run of this name can go on; with run.resume=never its folder is set aside."""
     if config.run.resume == "never":
-        if _is_locked(folder):
+        if is_at_work(folder):
             raise UserError(f"run.name={folder.name!r} is at work in another process; choose another run.name")
         folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         return
@@ -191,7 +191,10 @@ def _is_unfinished(folder: Path) -> bool:
     return last_status(folder) not in (None, "finished")
 
 
-def _is_locked(folder: Path) -> bool:
+def is_at_work(folder: Path) -> bool:
+    """Whether a process holds the run's folder."""
+    if not (folder / LOCK).exists():
+        return False
     try:
         with FileLock(folder / LOCK).acquire(blocking=False):
             return False

@@ -104,3 +104,23 @@ class Roles:
     evaluator: Evaluator | None
     records: Records
     reference_parts: Any  # (Samples) -> list[Sampled]: references split over ranks
+
+
+@dataclass(slots=True)
+class Pools:
+    """Actors that outlive a run; None where no run needs them."""
+
+    rollouts: Any = None
+    teachers: Any = None
+    evaluator: Any = None
+
+    def queue_depths(self) -> dict[str, int]:
+        """Calls handed out and not answered, by stage."""
+        pools = {"rollout": self.rollouts, "teacher": self.teachers}
+        return {stage: pool.queue_depth for stage, pool in pools.items() if pool is not None}
+
+    def shutdown(self) -> None:
+        """End every actor."""
+        for pool in (self.rollouts, self.teachers, self.evaluator):
+            if pool is not None:
+                pool.shutdown()

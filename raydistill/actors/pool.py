@@ -37,6 +37,7 @@ class ActorPool(Generic[Actor]):
         self._role, self._create, self._revive, self._timeout_s = role, create, revive, timeout_s
         self._actors = [create(index) for index in range(size)]
         self._load = [0] * size  # tokens handed out and not answered yet
+        self.queue_depth = 0  # calls with tokens handed out and not answered yet
         self._locks = [asyncio.Lock() for _ in range(size)]
         self._replacements = 0
         self._is_shut_down = False
@@ -74,6 +75,7 @@ class ActorPool(Generic[Actor]):
             chosen = self._load.index(min(self._load)) if index is None else index
             actor = self._actors[chosen]
             self._load[chosen] += weight
+            self.queue_depth += 1
             try:
                 refs = getattr(actor, method).options(num_returns=1 + num_objects).remote(*args)
                 report = await self._within(refs[0])
@@ -82,6 +84,7 @@ class ActorPool(Generic[Actor]):
                 await self._replace(chosen, actor, error)
             finally:
                 self._load[chosen] -= weight
+                self.queue_depth -= 1
 
     async def _within(self, ref: Any) -> Any:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._timeout_s)

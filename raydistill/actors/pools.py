@@ -23,6 +23,7 @@ from raydistill.data.collate import split_by_tokens
 from raydistill.errors import StaleWeightsError
 from raydistill.messages import EvalReport, LoadReport, PromptBatch, Samples, StageReport, TokenRows
 from raydistill.models import StudentSpec
+from raydistill.placement import ROLE_SHARE
 from raydistill.roles import Handle, Sampled
 
 START_TIMEOUT_S = 900.0  # reading a large model from a cold disk
@@ -46,19 +47,31 @@ def rank_of(index: int, num_ranks: int) -> int:
     return index % num_ranks
 
 
+def actor_options(
+    role: str, section: RolloutSection | TeacherSection | EvaluationSection, environment: dict[str, str], by_role: bool
+) -> dict[str, Any]:
+    """Ray's options for one role's actors; `by_role`: on a node that has the role's resource."""
+    return {
+        "num_cpus": section.num_cpus,
+        "num_gpus": section.num_gpus,
+        "runtime_env": {"env_vars": environment},
+        **({"resources": {role: ROLE_SHARE}} if by_role else {}),
+    }
+
+
+def torch_environment(section: TeacherSection | EvaluationSection) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
+
+
 class RolloutPool:
     """N rollout actors; a step's prompts are spread over them by tokens."""
 
-    def __init__(self, section: RolloutSection) -> None:
+    def __init__(self, section: RolloutSection, by_role: bool = False) -> None:
         environment = dict(ENGINE_ENVIRONMENT)
         if section.num_gpus == 0:
             environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(section.kv_cache_gib)))}
         self._section = section
-        self._options = {
-            "num_cpus": section.num_cpus,
-            "num_gpus": section.num_gpus,
-            "runtime_env": {"env_vars": environment},
-        }
+        self._options = actor_options("rollout", section, environment, by_role)
         self._pool: ActorPool[Any] = ActorPool(
             "rollout", section.num_actors, self._create, self._revive, section.timeout_s
         )
@@ -94,6 +107,11 @@ class RolloutPool:
         self._spec, self._newest = spec, None
         self._settings = _settings(config)
         self.engine_names = await self._pool.broadcast("start", spec)
+
+    @property
+    def queue_depth(self) -> int:
+        """Calls handed out and not answered."""
+        return self._pool.queue_depth
 
     async def sample(self, prompts: PromptBatch, version: int) -> AsyncIterator[tuple[StageReport, list[Sampled]]]:
         """See `Rollouts.sample`."""
@@ -177,13 +195,8 @@ def _settings(config: Config) -> SamplingSettings:
 class TeacherPool:
     """M teacher actors; each piece of work goes to the actor with the fewest tokens outstanding."""
 
-    def __init__(self, section: TeacherSection, timeout_s: float) -> None:
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
-        self._options = {
-            "num_cpus": section.num_cpus,
-            "num_gpus": section.num_gpus,
-            "runtime_env": {"env_vars": environment},
-        }
+    def __init__(self, section: TeacherSection, timeout_s: float, by_role: bool = False) -> None:
+        self._options = actor_options("teacher", section, torch_environment(section), by_role)
         self._pool: ActorPool[Any] = ActorPool("teacher", section.num_actors, self._create, self._revive, timeout_s)
         self._arguments: tuple[Any, ...] | None = None
         self.class_names: list[str] = []
@@ -201,6 +214,11 @@ class TeacherPool:
         self._arguments = (section, objective, vocab_size)
         self.class_names = await self._pool.broadcast("start", *self._arguments)
 
+    @property
+    def queue_depth(self) -> int:
+        """Calls handed out and not answered."""
+        return self._pool.queue_depth
+
     async def score(self, samples: Handle, num_tokens: int) -> tuple[StageReport, Handle]:
         """See `Teachers.score`."""
         report, scored = await self._pool.work(num_tokens, 1, "score", samples)
@@ -213,13 +231,9 @@ class TeacherPool:
 class EvaluatorRole:
     """The evaluation actor as the loop sees it; replaced and armed again if it dies."""
 
-    def __init__(self, section: EvaluationSection, timeout_s: float) -> None:
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
-        self._options = {
-            "num_cpus": section.num_cpus,
-            "num_gpus": section.num_gpus,
-            "runtime_env": {"env_vars": environment},
-        }
+    def __init__(self, section: EvaluationSection, timeout_s: float, by_role: bool = False) -> None:
+        # Held-out rows are scored where the teachers are: no node type of its own for one small actor.
+        self._options = actor_options("teacher", section, torch_environment(section), by_role)
         self._pool: ActorPool[Any] = ActorPool("evaluator", 1, self._create, self._revive, timeout_s)
         self._arguments: tuple[Any, ...] | None = None
         self._scored: list[Handle] = []

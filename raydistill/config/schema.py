@@ -261,6 +261,9 @@ class ClusterSection(Section):
 
     address: str | None = Field(None, description="Ray cluster to join; unset: RAY_ADDRESS, else a local one")
     num_cpus: PositiveInt | None = Field(None, description="cores of a local cluster; unset: all")
+    by_role: bool = Field(
+        False, description="place actors on nodes that have the resource of their role: rollout, teacher, trainer"
+    )
 
 
 class WorldSection(Section):

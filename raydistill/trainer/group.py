@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raydistill.config import Config
 from raydistill.errors import RunError, RunStopped, TrainerLostError
 from raydistill.messages import StepOutcome, TokenRows
+from raydistill.placement import ROLE_SHARE
 from raydistill.processes import Member, end_process
 from raydistill.trainer.worker import TrainerJob, train
 
@@ -47,6 +48,8 @@ class TrainerGroup:
         resources = {"CPU": section.num_cpus}
         if section.num_gpus > 0:
             resources["GPU"] = section.num_gpus
+        if self._config.cluster.by_role:
+            resources["trainer"] = ROLE_SHARE
         job = self._job
         trainer = TorchTrainer(
             # A closure: Ray Train's controller would open a train_loop_config, and import the whole trainer for it.

@@ -4,11 +4,8 @@ A run costs half a minute of start-up, so several tests look at one run, and run
 """
 
 import json
-import os
 import shutil
-import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from safetensors.numpy import load_file
+from run_helpers import (
+    NUM_STEPS,
+    QUIET,
+    check_bitwise_equal,
+    kill_after_step,
+    last_weights,
+    lines,
+    serial_config,
+)
 
-from raydistill.checkpoint import WEIGHTS, checkpoint_folder, read_description
+from raydistill.checkpoint import checkpoint_folder, read_description
 from raydistill.config import Config
 from raydistill.errors import ResourceError, RunError
 from raydistill.launch import Pools, RunSummary, make_pools, run
@@ -29,55 +33,7 @@ from raydistill.results.record import read_record, read_spans
 
 pytestmark = pytest.mark.ray
 
-QUIET = Console(quiet=True)
-NUM_STEPS = 8
 INLINE_BYTES = 100_000  # Ray sends smaller return values along with the answer; larger ones only when asked for
-
-
-def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(tree)
-    for key, value in changes.items():
-        merged[key] = merge(tree.get(key, {}), value) if isinstance(value, dict) else value
-    return merged
-
-
-@pytest.fixture(scope="module")
-def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A config of the tiny world: float32, int4, merged, half on-policy by sequence; each test names what differs."""
-    model = str(tiny_world.teacher_folder)
-    base = {
-        "run": {"output": str(tmp_path_factory.mktemp("outputs"))},
-        "student": {"model": model, "dtype": "float32"},
-        "teacher": {"model": model, "dtype": "float32", "num_cpus": 0.1},
-        "data": {
-            "path": str(tiny_world.train_path),
-            "eval_path": str(tiny_world.validation_path),
-            "eval_rows": 16,
-            "max_length": 160,
-            "min_prompt_room": 4,
-            "min_completion": 2,
-        },
-        "objective": {"on_policy_fraction": 0.5, "mixing": "sequence", "target": "dense"},
-        "quant": {"format": "int2", "scale": "searched"},
-        "adapter": {"mode": "merged", "rank": 8, "alpha": 16},
-        "rollout": {"max_new_tokens": 40, "num_cpus": 0.1, "timeout_s": 240, "kv_cache_gib": 1},
-        "trainer": {
-            "num_steps": NUM_STEPS,
-            "sequences_per_step": 8,
-            "sequences_per_micro_batch": 4,
-            "learning_rate": 2e-3,
-            "num_cpus": 0.1,
-            "timeout_s": 240,
-        },
-        "sync": {"max_staleness": 1, "codes_check_every": 1, "max_policy_gap_nats": 1e-5},
-        "evaluation": {"eval_every": 4, "num_cpus": 0.1},
-        "cluster": {"num_cpus": 8},
-    }
-
-    def make(**changes: Any) -> Config:
-        return Config.model_validate(merge(base, changes))
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -127,23 +83,6 @@ def serial_twice(vllm_pools: Pools, make_config: Any) -> list[RunSummary]:
     return [run(serial_config(make_config, f"serial-{i}"), vllm_pools, QUIET) for i in range(2)]
 
 
-def serial_config(make_config: Any, name: str, **changes: Any) -> Config:
-    trainer = {"num_steps": 3} | changes.pop("trainer", {})
-    config: Config = make_config(
-        run={"name": name},
-        sync={"max_staleness": 0},
-        trainer=trainer,
-        evaluation={"eval_every": 3},
-        objective={"on_policy_fraction": 0.75},
-        **changes,
-    )
-    return config
-
-
-def lines(summary: RunSummary, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_record(summary.folder) if line["kind"] == kind]
-
-
 def spans_of(summary: RunSummary, stage: str) -> dict[int, tuple[float, float]]:
     """step -> (first start, last end) of one stage."""
     found: dict[int, tuple[float, float]] = {}
@@ -152,22 +91,6 @@ def spans_of(summary: RunSummary, stage: str) -> dict[int, tuple[float, float]]:
             start, end = found.get(span.step, (span.start_s, span.end_s))
             found[span.step] = (min(start, span.start_s), max(end, span.end_s))
     return found
-
-
-def last_weights(summary: RunSummary, num_steps: int) -> dict[str, np.ndarray]:
-    return load_file(checkpoint_folder(summary.folder / "checkpoints", num_steps) / WEIGHTS)
-
-
-def losses(summary: RunSummary) -> list[float]:
-    return [line["metrics"]["trainer/loss"] for line in lines(summary, "step")]
-
-
-def check_bitwise_equal(one: RunSummary, other: RunSummary, num_steps: int) -> None:
-    assert losses(one) == losses(other)
-    first, second = last_weights(one, num_steps), last_weights(other, num_steps)
-    assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 def test_the_record_holds_each_step_once_and_ends_well(overlapped: Any) -> None:
@@ -409,15 +332,6 @@ def test_a_rollout_actor_killed_mid_run_is_replaced_and_no_step_is_lost(ray_clus
     sampled = Counter(span.step for span in read_spans(summary.folder) if span.stage == "rollout")
     assert sampled == dict.fromkeys(range(6), 2)
     assert summary.largest_gap_nats < 1e-5
-
-
-def kill_after_step(folder: Path, step: int, pid: int) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if any(line["kind"] == "step" and line["step"] >= step for line in read_record(folder)):
-            os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.02)
 
 
 def test_a_placement_that_does_not_fit_says_what_the_cluster_has(ray_cluster: Any, make_config: Any) -> None:

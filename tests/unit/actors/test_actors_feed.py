@@ -156,3 +156,48 @@ def test_what_was_there_before_closing_can_still_be_had() -> None:
         assert (await feed.weights(1)).version == 1
 
     run(whole())
+
+
+def test_a_stop_ends_all_ranks_before_the_same_step() -> None:
+    """Rank 0 has begun step 1 and rank 1 has not: both train it, and neither begins step 2."""
+
+    async def whole() -> None:
+        feed = Feed()
+        for step in range(3):
+            await feed.offer(step, [[f"{step}-0"], [f"{step}-1"]])
+        await feed.lease(0, 0)
+        await feed.lease(0, 1)
+        await feed.lease(1, 0)
+        assert await feed.stop() == 2
+        assert await feed.lease(1, 1) == ["1-1"]
+        assert await feed.lease(2, 0) is None
+        assert await feed.lease(2, 1) is None
+        await feed.report(outcome(1))
+        assert (await feed.outcome(1)) is not None
+        assert await feed.outcome(2) is None
+        assert await feed.stop() == 2  # asking again moves nothing
+
+    run(whole())
+
+
+def test_a_stop_wakes_those_who_wait_for_a_step_nobody_began() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        rank, driver = asyncio.create_task(feed.lease(0, 0)), asyncio.create_task(feed.outcome(0))
+        assert await still_waits(rank)
+        assert await feed.stop() == 0
+        assert await rank is None
+        assert await driver is None
+
+    run(whole())
+
+
+def test_the_first_fatal_error_is_remembered() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        assert await feed.fatal() is None
+        await feed.fail("the disk is full")
+        await feed.fail("a neighbour died")
+        assert await feed.fatal() == "the disk is full"
+
+    run(whole())

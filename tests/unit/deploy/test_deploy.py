@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raydistill.config.load import load_config
@@ -90,7 +93,9 @@ def kuberay_problems(document: dict[str, Any]) -> list[str]:
         wanted = ["rayStartParams", "template"]
         wanted += ["groupName", "minReplicas", "maxReplicas"] if place != "head" else []
         problems += [f"{place}: {field}" for field in wanted if field not in group]
-        problems += [f"{place}: {k} is no string" for k, v in group.get("rayStartParams", {}).items() if not isinstance(v, str)]
+        problems += [
+            f"{place}: {k} is no string" for k, v in group.get("rayStartParams", {}).items() if not isinstance(v, str)
+        ]
         containers = group.get("template", {}).get("spec", {}).get("containers", [])
         problems += [f"{place}: containers"] if not containers else []
         problems += [f"{place}: container.{f}" for c in containers for f in ("name", "image") if f not in c]
@@ -127,6 +132,15 @@ def test_cluster_file_has_a_node_type_with_a_resource_for_each_role(cluster):
         assert resources[role] == resources["GPU"] >= 1
         assert 1 <= types[role]["min_workers"] <= types[role]["max_workers"]
     assert sum(types[role]["max_workers"] for role in ROLES) <= cluster["max_workers"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_rays_scheduler_answers_a_roles_request_with_a_node_of_its_type(cluster, role):
+    types = prepare_config(deepcopy(cluster))["available_node_types"]
+    asked = [{role: 1, "GPU": 1, "CPU": 0.5}]
+    scorer = partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    chosen, unmet = get_nodes_for(types, {}, "head", cluster["max_workers"], asked, scorer)
+    assert (dict(chosen), unmet) == ({role: 1}, [])
 
 
 def test_cluster_file_installs_the_pins_and_holds_no_secret(cluster):

@@ -1,0 +1,146 @@
+"""The verb `raydistill runs`: what lies in an output folder, and freeing the disk of what no run needs any more.
+
+Reads run folders only; needs no results store and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistill.checkpoint import PREFIX, version_of
+from raydistill.cli import command_parser, console, print_table
+from raydistill.errors import UserError
+from raydistill.keeper import read_best
+from raydistill.results.record_lines import read_record
+from raydistill.results.tables import format_bytes
+from raydistill.resume import is_at_work, last_status
+
+SUMMARY = """\
+List the runs of an output folder with what they take on the disk, or prune them.
+
+Pruning removes, from runs that have finished, every checkpoint but the best and the last, and of those the optimizer state
+(they can be exported and evaluated, not continued); from other runs only what a crash left half-written. Records, exports
+and plots stay. A run that is at work is never touched."""
+EXAMPLES = """\
+examples:
+  raydistill runs --output outputs/demo
+        name, status, steps, checkpoints and bytes of each run
+  raydistill runs prune --output outputs/demo --dry-run
+        what pruning would free
+  raydistill runs prune 20260101-120000-student --output outputs/demo
+        one run only
+"""
+LEFTOVERS = (".writing-*", ".removing-*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+    status: str
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == "finished"
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob(f"{PREFIX}*"))
+
+    def disposable(self) -> Iterator[Path]:
+        """What pruning removes."""
+        root = self.folder / "checkpoints"
+        if self.status == "at work":
+            return
+        for pattern in LEFTOVERS:
+            yield from root.glob(pattern)
+        if self.is_finished:
+            kept = {read_best(root), *(version_of(folder) for folder in self.checkpoints()[-1:])}
+            for folder in self.checkpoints():
+                if version_of(folder) not in kept:
+                    yield folder
+                else:
+                    yield from (path for path in (folder / "optimizer", *folder.glob("random-*")) if path.exists())
+            yield from (path for path in [self.folder / "ray_train"] if path.exists())
+
+
+def runs_command(argv: Sequence[str]) -> int:
+    """The verb `runs`."""
+    arguments = _parser().parse_args(list(argv))
+    runs = find_runs(arguments.output)
+    rows = (
+        prune(runs, arguments.names, arguments.dry_run) if arguments.action == "prune" else [_row(run) for run in runs]
+    )
+    if not rows:
+        console.print(f"no runs in {arguments.output / 'runs'}")
+    elif arguments.json:
+        print_table(rows, list(rows[0]), json=True)
+    else:
+        print_table(
+            [{k: format_bytes(v) if k in ("bytes", "freed") else v for k, v in row.items()} for row in rows],
+            list(rows[0]),
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("runs", SUMMARY, EXAMPLES, takes_config=False)
+    parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list")
+    parser.add_argument("names", nargs="*", metavar="RUN", help="prune these runs only (default: all)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="run.output of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be freed and remove nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    return parser
+
+
+def find_runs(output: Path) -> list[Run]:
+    """Every run of an output folder by name."""
+    found = []
+    for folder in sorted((output / "runs").glob("*")):
+        status = last_status(folder)
+        if status is not None:
+            found.append(Run(folder=folder, status="at work" if is_at_work(folder) else status))
+    return found
+
+
+def prune(runs: Sequence[Run], names: Sequence[str], dry_run: bool) -> list[dict[str, Any]]:
+    """Remove what is disposable; one row for each run with the bytes that were (or would be) freed."""
+    unknown = sorted(set(names) - {run.folder.name for run in runs})
+    if unknown:
+        known = ", ".join(run.folder.name for run in runs) or "none"
+        raise UserError(f"there is no run {unknown[0]!r}; there are: {known}")
+    rows = []
+    for run in runs:
+        if names and run.folder.name not in names:
+            continue
+        doomed = list(run.disposable())
+        freed = sum(size_of(path) for path in doomed)
+        if not dry_run:
+            for path in doomed:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        rows.append({"run": run.folder.name, "status": run.status, "freed": freed})
+    return rows
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of everything in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _row(run: Run) -> dict[str, Any]:
+    steps = max((line["step"] + 1 for line in read_record(run.folder) if line["kind"] == "step"), default=0)
+    return {
+        "run": run.folder.name,
+        "status": run.status,
+        "steps": steps,
+        "checkpoints": len(run.checkpoints()),
+        "bytes": size_of(run.folder),
+    }

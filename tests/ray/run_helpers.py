@@ -1,0 +1,93 @@
+"""What the tests of whole runs share: reading a run's record, comparing two runs, killing processes."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from raydistill.checkpoint import WEIGHTS, checkpoint_folder
+from raydistill.config import Config
+from raydistill.launch import RunSummary
+from raydistill.results.record import read_record
+
+QUIET = Console(quiet=True)
+NUM_STEPS = 8
+
+
+def serial_config(make_config: Any, name: str, **changes: Any) -> Config:
+    trainer = {"num_steps": 3} | changes.pop("trainer", {})
+    config: Config = make_config(
+        run={"name": name},
+        sync={"max_staleness": 0},
+        trainer=trainer,
+        evaluation={"eval_every": 3},
+        objective={"on_policy_fraction": 0.75},
+        **changes,
+    )
+    return config
+
+
+def lines(summary: RunSummary, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_record(summary.folder) if line["kind"] == kind]
+
+
+def last_weights(summary: RunSummary, num_steps: int) -> dict[str, np.ndarray]:
+    return load_file(checkpoint_folder(summary.folder / "checkpoints", num_steps) / WEIGHTS)
+
+
+def losses(summary: RunSummary) -> list[float]:
+    return [line["metrics"]["trainer/loss"] for line in lines(summary, "step")]
+
+
+def check_bitwise_equal(one: RunSummary, other: RunSummary, num_steps: int) -> None:
+    assert losses(one) == losses(other)
+    first, second = last_weights(one, num_steps), last_weights(other, num_steps)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Return when the record holds a step of at least this number."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if any(line["kind"] == "step" and line["step"] >= step for line in read_record(folder)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{folder} did not reach step {step}")
+
+
+def kill_after_step(folder: Path, step: int, pid: int | Callable[[], int], number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process once a step is recorded; the process may be looked up only then."""
+    wait_for_step(folder, step)
+    os.kill(pid if isinstance(pid, int) else pid(), number)
+
+
+def ray_process(title: str) -> int:
+    """The id of the newest process of this session's Ray cluster whose title starts so, for example `ray::Feed`."""
+    session = ray.get_runtime_context().gcs_address
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline", "create_time"])
+        if " ".join(process.info["cmdline"] or []).startswith(title) and is_ours(process.pid, session)
+    ]
+    assert found, f"no process {title}"
+    newest: int = max(found, key=lambda process: process.info["create_time"]).pid
+    return newest
+
+
+def is_ours(pid: int, gcs_address: str) -> bool:
+    """Whether a Ray process belongs to the cluster at this address: its raylet was started with it."""
+    try:
+        parents = psutil.Process(pid).parents()
+    except psutil.Error:
+        return False
+    return any(gcs_address in " ".join(parent.cmdline()) for parent in parents)

@@ -1,0 +1,128 @@
+"""Runs that are stopped or lose their trainer go on from the last checkpoint, and end as if nothing had happened."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, ray_process, serial_config
+
+from raydistill.checkpoint import checkpoint_folder
+from raydistill.config import Config
+from raydistill.errors import RunError, RunStopped
+from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.ledger import ledger_problems, read_ledger
+
+pytestmark = pytest.mark.ray
+
+STEPS = 6
+HF = {"rollout": {"engine": "hf"}}
+
+
+def config_of(make_config: Any, name: str, **changes: Any) -> Config:
+    trainer = {"num_steps": STEPS} | changes.pop("trainer", {})
+    return serial_config(make_config, name, trainer=trainer, checkpoint={"save_every": 2}, **HF, **changes)
+
+
+@pytest.fixture(scope="module")
+def pools(ray_cluster: Any, make_config: Any) -> Iterator[Pools]:
+    pools = make_pools(config_of(make_config, "any"))
+    yield pools
+    pools.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pools: Pools, make_config: Any) -> RunSummary:
+    return run(config_of(make_config, "undisturbed"), pools, QUIET)
+
+
+def after_step(folder: Path, step: int, title: str, number: int = signal.SIGKILL) -> threading.Thread:
+    """Send a signal to a Ray process of this session once a step is recorded."""
+    thread = threading.Thread(
+        target=kill_after_step, args=(folder, step, lambda: ray_process(title), number), daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def check_same_end(summary: RunSummary, undisturbed: RunSummary) -> None:
+    check_bitwise_equal(summary, undisturbed, STEPS)
+    assert [line["step"] for line in lines(summary, "step")] == list(range(STEPS))
+    assert ledger_problems(summary.folder, range(STEPS), 8) == []
+    texts = [[(e["step"], e["index"], e["text"]) for e in read_ledger(s.folder)] for s in (summary, undisturbed)]
+    assert texts[0] == texts[1]
+    assert summary.codes_hash == undisturbed.codes_hash
+    evaluated = [[line["version"] for line in lines(s, "evaluation")] for s in (summary, undisturbed)]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_an_undisturbed_ledger_is_complete(undisturbed: RunSummary) -> None:
+    assert ledger_problems(undisturbed.folder, range(STEPS), 8) == []
+    assert {line["version"] for line in read_ledger(undisturbed.folder)} > {-1, STEPS - 1}
+
+
+@pytest.mark.parametrize(
+    "title", ["ray::RayTrainWorker", "ray::Feed", "ray::TrainController"], ids=["rank", "feed", "controller"]
+)
+def test_a_lost_trainer_costs_time_only(pools: Pools, make_config: Any, undisturbed: RunSummary, title: str) -> None:
+    config = config_of(make_config, f"lost-{title.removeprefix('ray::')}")
+    killer = after_step(config.run.output / "runs" / str(config.run.name), 2, title)
+    summary = run(config, pools, QUIET)
+    killer.join(5)
+    assert not killer.is_alive()
+    assert any("going on from the last checkpoint" in line["text"] for line in lines(summary, "warning"))
+    check_same_end(summary, undisturbed)
+
+
+def test_sigterm_checkpoints_and_the_same_command_goes_on(
+    pools: Pools, make_config: Any, undisturbed: RunSummary
+) -> None:
+    config = config_of(make_config, "stopped")
+    folder = config.run.output / "runs" / "stopped"
+    sent: list[float] = []
+
+    def send() -> None:
+        kill_after_step(folder, 2, os.getpid(), signal.SIGTERM)
+        sent.append(time.monotonic())
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(RunStopped) as stopped:
+        run(config, pools, QUIET)
+    assert time.monotonic() - sent[0] < 30
+    assert checkpoint_folder(folder / "checkpoints", stopped.value.step).exists()
+    assert 3 <= stopped.value.step < STEPS
+    summary = run(config, pools, QUIET)
+    check_same_end(summary, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(
+    pools: Pools, make_config: Any, undisturbed: RunSummary
+) -> None:
+    config = config_of(make_config, "damaged")
+    folder = config.run.output / "runs" / "damaged"
+    threading.Thread(target=kill_after_step, args=(folder, 4, os.getpid(), signal.SIGTERM), daemon=True).start()
+    with pytest.raises(RunStopped):
+        run(config, pools, QUIET)
+    newest = max((folder / "checkpoints").glob("step-*"))
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    summary = run(config, pools, QUIET)
+    assert any(f"{newest.name} is damaged" in line["text"] for line in lines(summary, "warning"))
+    check_same_end(summary, undisturbed)
+
+
+def test_a_trainer_that_fails_again_and_again_ends_the_run(
+    pools: Pools, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that cannot write its checkpoint meets the same error at every attempt: it is not tried again."""
+    config = config_of(make_config, "unwritable")
+    folder = config.run.output / "runs" / "unwritable"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").write_text("a file where a folder should be")
+    (folder / "run.lock").touch()
+    with pytest.raises(RunError, match=r"step-000000 could not be written"):
+        run(config, pools, QUIET)
