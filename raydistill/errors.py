@@ -33,8 +33,9 @@ class RunError(RuntimeError):
     """A run cannot go on although its input was right: an actor that keeps dying, a policy gap, too many bad steps."""
 
 
-class TrainerLostError(RunError):
-    """A trainer rank, the feed or Ray Train's controller died or hangs; the last checkpoint is the way on."""
+class LostError(RunError):
+    """Part of a run is gone that cannot be replaced on the way: a trainer rank, the feed, Ray Train's controller, or
+    tensors on a node that died. The last checkpoint is the way on."""
 
 
 class RunStopped(Exception):  # noqa: N818

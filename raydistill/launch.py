@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import RunError, TrainerLostError, UserError
+from raydistill.errors import RunError, LostError, UserError
 from raydistill.roles import Pools
 from raydistill.signals import stop_on_signals
 
@@ -82,12 +82,11 @@ def make_pools(config: Config) -> Pools:
     """Start the actors of a config's pools; engines and teachers are built when a run begins."""
     from raydistill.actors.pools import EvaluatorRole, RolloutPool, TeacherPool
 
+    by_role, timeout_s = config.cluster.by_role, config.rollout.timeout_s
     return Pools(
-        rollouts=RolloutPool(config.rollout, config.cluster.by_role) if config.needs_rollout_pool else None,
-        teachers=TeacherPool(config.teacher, config.rollout.timeout_s, config.cluster.by_role)
-        if config.needs_teacher
-        else None,
-        evaluator=EvaluatorRole(config.evaluation, config.rollout.timeout_s, config.cluster.by_role),
+        rollouts=RolloutPool(config.rollout, by_role) if config.needs_rollout_pool else None,
+        teachers=TeacherPool(config.teacher, timeout_s, by_role) if config.needs_teacher else None,
+        evaluator=EvaluatorRole(config.evaluation, timeout_s, by_role),
     )
 
 
@@ -158,7 +157,7 @@ class Launch:
                 try:
                     summary = await self._attempt.run(self._console, self._seconds)
                     return await self._export(record, self._pools.evaluator, keeper, summary)
-                except TrainerLostError as error:
+                except LostError as error:
                     number += 1
                     failures = failures + 1 if find_checkpoint(self._folder).version == point.version else 1
                     if failures >= MAX_FAILURES:

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from raydistill.errors import RunError
+from raydistill.errors import LostError, RunError
 
 log = logging.getLogger(__name__)
 Actor = TypeVar("Actor")
@@ -87,7 +87,10 @@ class ActorPool(Generic[Actor]):
                 self.queue_depth -= 1
 
     async def _within(self, ref: Any) -> Any:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._timeout_s)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._timeout_s)
+        except ObjectLostError as error:  # an argument lay on a node that died: another actor cannot have it either
+            raise LostError(f"tensors for {self._role} actors were lost with their node") from error
 
     async def _replace(self, index: int, dead: Any, error: BaseException) -> None:
         async with self._locks[index]:

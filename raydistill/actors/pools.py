@@ -26,6 +26,7 @@ from raydistill.models import StudentSpec
 from raydistill.placement import ROLE_SHARE
 from raydistill.roles import Handle, Sampled
 
+MAX_NAMESAKES = 100
 START_TIMEOUT_S = 900.0  # reading a large model from a cold disk
 CPU_ENGINE_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -59,6 +60,18 @@ def actor_options(
     }
 
 
+def start_actor(actor_class: Any, options: dict[str, Any], name: str, *args: Any) -> Any:
+    """An actor that Ray's dashboard shows by name; one whose name a dying predecessor still has gets a number behind it."""
+    for number in range(MAX_NAMESAKES):
+        full_name = name if number == 0 else f"{name}-{number}"
+        try:
+            return ray.remote(actor_class).options(name=full_name, **options).remote(name, *args)
+        except ValueError as error:
+            if number + 1 == MAX_NAMESAKES or "name" not in str(error):
+                raise
+    raise AssertionError("unreachable")
+
+
 def torch_environment(section: TeacherSection | EvaluationSection) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
 
@@ -80,7 +93,7 @@ class RolloutPool:
         self.engine_names: list[str] = []
 
     def _create(self, index: int) -> Any:
-        return ray.remote(RolloutActor).options(**self._options).remote(f"rollout-{index}", self._section.engine)
+        return start_actor(RolloutActor, self._options, f"rollout-{index}", self._section.engine)
 
     async def _revive(self, actor: Any, index: int) -> None:
         """Bring a replacement up to the others: the engine, then the newest weights."""
@@ -202,7 +215,7 @@ class TeacherPool:
         self.class_names: list[str] = []
 
     def _create(self, index: int) -> Any:
-        return ray.remote(TeacherActor).options(**self._options).remote(f"teacher-{index}")
+        return start_actor(TeacherActor, self._options, f"teacher-{index}")
 
     async def _revive(self, actor: Any, index: int) -> None:
         if self._arguments is not None:
@@ -241,7 +254,7 @@ class EvaluatorRole:
         self._lock = asyncio.Lock()
 
     def _create(self, index: int) -> Any:
-        return ray.remote(EvaluatorActor).options(**self._options).remote(f"evaluator-{index}")
+        return start_actor(EvaluatorActor, self._options, f"evaluator-{index}")
 
     async def _revive(self, actor: Any, index: int) -> None:
         if self._arguments is not None:

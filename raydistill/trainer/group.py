@@ -1,6 +1,6 @@
 """Driver side of the trainer: Ray Train's blocking `fit()` in a thread, the feed in between.
 
-One group is one attempt. When a rank, the feed or Ray Train's controller dies or hangs, `TrainerLostError` says that a
+One group is one attempt. When a rank, the feed or Ray Train's controller dies or hangs, `LostError` says that a
 new attempt from the last checkpoint may succeed; any other error would come again.
 """
 
@@ -18,7 +18,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistill.config import Config
-from raydistill.errors import RunError, RunStopped, TrainerLostError
+from raydistill.errors import RunError, RunStopped, LostError
 from raydistill.messages import StepOutcome, TokenRows
 from raydistill.placement import ROLE_SHARE
 from raydistill.processes import Member, end_process
@@ -101,7 +101,7 @@ class TrainerGroup:
         await asyncio.to_thread(self._thread.join, self._config.trainer.timeout_s)
         if self._thread.is_alive():
             limit = self._config.trainer.timeout_s
-            raise TrainerLostError(f"the trainer group did not end within trainer.timeout_s={limit:g}")
+            raise LostError(f"the trainer group did not end within trainer.timeout_s={limit:g}")
         if self._failure is not None:
             raise await self._cause(self._failure, "the trainer group failed: ") from self._failure
 
@@ -109,12 +109,12 @@ class TrainerGroup:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._config.trainer.timeout_s)
         except RayActorError as error:
-            raise TrainerLostError(f"the trainer's feed died: {_last_line(error)}") from error
+            raise LostError(f"the trainer's feed died: {_last_line(error)}") from error
         except RayError as error:
             raise RunError(_last_line(error)) from error
         except TimeoutError as error:
             limit = self._config.trainer.timeout_s
-            raise TrainerLostError(f"the trainer did not answer within trainer.timeout_s={limit:g}") from error
+            raise LostError(f"the trainer did not answer within trainer.timeout_s={limit:g}") from error
 
     async def _cause(self, error: BaseException, where: str) -> RunError:
         """Why the group failed: an error that a rank met would come again, a death is worth another attempt."""
@@ -123,7 +123,7 @@ class TrainerGroup:
             fatal = await asyncio.wait_for(asyncio.wrap_future(self._feed.fatal.remote().future()), GIVE_UP_S)
         if fatal is not None:
             return RunError(f"{where}{fatal}")
-        return TrainerLostError(f"{where}{_last_line(self._failure or error)}")
+        return LostError(f"{where}{_last_line(self._failure or error)}")
 
     async def abort(self, reason: str) -> None:
         """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint."""
