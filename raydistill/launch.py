@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import RunError, LostError, UserError
+from raydistill.errors import LostError, RunError, UserError
 from raydistill.roles import Pools
 from raydistill.signals import stop_on_signals
 

@@ -53,16 +53,20 @@ class ActorPool(Generic[Actor]):
     def name(self, index: int) -> str:
         return f"{self._role}-{index}"
 
-    async def broadcast(self, method: str, *args: Any) -> list[Any]:
+    async def broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on every actor; small results, in order."""
-        return list(await asyncio.gather(*(self.call(index, method, *args) for index in range(len(self)))))
+        calls = (self.call(index, method, *args, timeout_s=timeout_s) for index in range(len(self)))
+        return list(await asyncio.gather(*calls))
 
-    async def call(self, index: int, method: str, *args: Any) -> Any:
-        """Call one actor for a small result; a dead or hanging actor is replaced and asked again."""
+    async def call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        """Call one actor for a small result; a dead or hanging actor is replaced and asked again.
+
+        timeout_s: another limit than the pool's, for a call that reads a model from the disk.
+        """
         while True:
             actor = self._actors[index]
             try:
-                return await self._within(getattr(actor, method).remote(*args))
+                return await self._within(getattr(actor, method).remote(*args), timeout_s)
             except DEATHS as error:
                 await self._replace(index, actor, error)
 
@@ -86,9 +90,9 @@ class ActorPool(Generic[Actor]):
                 self._load[chosen] -= weight
                 self.queue_depth -= 1
 
-    async def _within(self, ref: Any) -> Any:
+    async def _within(self, ref: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._timeout_s)
+            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s or self._timeout_s)
         except ObjectLostError as error:  # an argument lay on a node that died: another actor cannot have it either
             raise LostError(f"tensors for {self._role} actors were lost with their node") from error
 

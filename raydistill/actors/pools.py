@@ -119,7 +119,7 @@ class RolloutPool:
         self._pool.begin_run()
         self._spec, self._newest = spec, None
         self._settings = _settings(config)
-        self.engine_names = await self._pool.broadcast("start", spec)
+        self.engine_names = await self._pool.broadcast("start", spec, timeout_s=START_TIMEOUT_S)
 
     @property
     def queue_depth(self) -> int:
@@ -225,7 +225,7 @@ class TeacherPool:
         """Arm the pool for one run: load the teacher on every actor (those that hold it already keep it)."""
         self._pool.begin_run()
         self._arguments = (section, objective, vocab_size)
-        self.class_names = await self._pool.broadcast("start", *self._arguments)
+        self.class_names = await self._pool.broadcast("start", *self._arguments, timeout_s=START_TIMEOUT_S)
 
     @property
     def queue_depth(self) -> int:
@@ -268,7 +268,7 @@ class EvaluatorRole:
         self._pool.begin_run()
         self._lock = asyncio.Lock()  # a lock belongs to one event loop, and each run has its own
         self._references, self._scored, self._arguments = references, scored, (spec, objective)
-        await self._pool.call(0, "start", spec, objective)
+        await self._pool.call(0, "start", spec, objective, timeout_s=START_TIMEOUT_S)
         await self._pool.call(0, "hold_out", *scored)
 
     async def evaluate(self, weights: Handle, version: int, answers: list[Handle]) -> EvalReport:
@@ -280,7 +280,9 @@ class EvaluatorRole:
 
     async def export_checkpoint(self, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
         """See `EvaluatorActor.export_checkpoint`."""
-        codes_hash: str = await self._pool.call(0, "export_checkpoint", checkpoint, folder, extra)
+        codes_hash: str = await self._pool.call(
+            0, "export_checkpoint", checkpoint, folder, extra, timeout_s=START_TIMEOUT_S
+        )
         return codes_hash
 
     def shutdown(self) -> None:

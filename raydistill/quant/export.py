@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -46,6 +46,7 @@ MANIFEST = "raydistill.json"
 WEIGHTS = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 LAYOUT_VERSION = 1
+Layout = Literal["packed", "compressed-tensors", "dequantized"]
 
 
 def export_student(
@@ -125,7 +126,7 @@ def export_live(folder_out: str | Path, model: nn.Module, base_folder: str | Pat
 
 def load_exported(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """A transformers model in eval mode that computes what the student computed: dense Q(W), and in served mode the
-    adapter beside it. dtype None: the one the student was trained in.
+    adapter beside it; from a folder in any layout (layouts.py). dtype None: the one the student was trained in.
 
     A folder without raydistill.json is loaded as the plain transformers model that it is (a teacher). QuantError if a
     file is missing or damaged or a hash differs.
@@ -136,6 +137,10 @@ def load_exported(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Mo
     if not (folder / MANIFEST).is_file():
         return _load_plain(folder, dtype)
     manifest = read_manifest(folder)
+    if layout_of(manifest) != "packed":
+        from raydistill.quant.layouts import load_layout
+
+        return load_layout(folder, manifest, dtype)
     state = dense_state(manifest, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     if dtype is None:
         dtype = getattr(torch, manifest["dtype"]) if manifest["dtype"] else None
@@ -170,6 +175,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         lacks = f" and lacks {sorted(missing)}" if missing else ""
         raise QuantError(f"{path} has another layout than version {LAYOUT_VERSION}{lacks}; export the student again.")
     return cast(dict[str, Any], manifest)
+
+
+def layout_of(manifest: Mapping[str, Any]) -> Layout:
+    """How the folder stores its weights; see layouts.py."""
+    return cast(Layout, manifest.get("as", "packed"))
 
 
 def packed_bytes(folder: str | Path) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from raydistill.errors import QuantError
-from raydistill.quant.formats import format_from_dict
+from raydistill.quant.formats import WeightFormat, format_from_dict
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.integer import QuantizedWeight, dequantize
 from raydistill.quant.packing import PackedWeight, unpack
@@ -85,29 +85,51 @@ def packed_tensors(packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
     return tensors
 
 
-def dense_state(manifest: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The state dict that the file's tensors stand for, after comparing both hashes."""
+def stored_format(manifest: Mapping[str, Any]) -> WeightFormat | None:
+    """The weight format that raydistill.json names; None for an unquantized student."""
+    stored = manifest["format"]
+    return stored and format_from_dict({key: value for key, value in stored.items() if key != "name"})
+
+
+def stored_codes(
+    manifest: Mapping[str, Any], tensors: dict[str, Tensor], path: Path
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """(codes by layer, all other tensors) of a packed file, after comparing both hashes."""
     codes: dict[str, QuantizedWeight] = {}
+    others, fmt = dict(tensors), stored_format(manifest)
     try:
         for name, shape in manifest["layers"].items():
-            fmt = format_from_dict({key: value for key, value in manifest["format"].items() if key != "name"})
+            assert fmt is not None, f"{path} has quantized layers and no format"
             weight = PackedWeight(
-                codes=tensors.pop(f"{name}.weight_packed"),
-                scale_OG=tensors.pop(f"{name}.weight_scale"),
-                zero_point=None if fmt.symmetric else tensors.pop(f"{name}.weight_zero_point"),
+                codes=others.pop(f"{name}.weight_packed"),
+                scale_OG=others.pop(f"{name}.weight_scale"),
+                zero_point=None if fmt.symmetric else others.pop(f"{name}.weight_zero_point"),
                 shape_OI=(shape[0], shape[1]),
                 fmt=fmt,
             )
             codes[name] = unpack(weight)
     except KeyError as error:
         raise QuantError(f"{path} lacks tensor {error}; export the student again.") from error
+    compare_hashes(manifest, codes, others, path)
+    return codes, others
+
+
+def compare_hashes(
+    manifest: Mapping[str, Any], codes: Mapping[str, QuantizedWeight], others: Mapping[str, Tensor], path: Path
+) -> None:
+    """QuantError unless what was read is what raydistill.json says was written."""
     for what, stored, read in (
         ("codes", manifest["codes_hash"], hash_codes(codes)),
-        ("unquantized tensors", manifest["others_hash"], hash_tensors(tensors)),
+        ("unquantized tensors", manifest["others_hash"], hash_tensors(others)),
     ):
         if stored != read:
             raise QuantError(f"{path}: the {what} have hash {read}, the export wrote {stored}; export it again.")
-    return tensors | {f"{name}.weight": dequantize(quantized) for name, quantized in codes.items()}
+
+
+def dense_state(manifest: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The state dict that the file's tensors stand for, after comparing both hashes."""
+    codes, others = stored_codes(manifest, tensors, path)
+    return others | {f"{name}.weight": dequantize(quantized) for name, quantized in codes.items()}
 
 
 def write_adapter(folder: Path, adapter: Mapping[str, Tensor], lora: LoraSettings) -> dict[str, Any]:

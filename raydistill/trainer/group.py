@@ -18,12 +18,14 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistill.config import Config
-from raydistill.errors import RunError, RunStopped, LostError
+from raydistill.errors import LostError, RunError, RunStopped
 from raydistill.messages import StepOutcome, TokenRows
 from raydistill.placement import ROLE_SHARE
-from raydistill.processes import Member, end_process
+from raydistill.processes import Member, actors_of_this_job, end_process
 from raydistill.trainer.worker import TrainerJob, train
 
+CONTROLLER = "TrainController"  # Ray Train's actor that starts and watches the ranks
+START_TIMEOUT_S = 1800.0  # imports and a large model from a cold disk
 GIVE_UP_S = 30.0  # how long a lost group may take to end by itself
 
 
@@ -79,7 +81,9 @@ class TrainerGroup:
     async def outcome(self, step: int) -> StepOutcome:
         """Wait until a step is trained (-1: until the first version is published). RunStopped after `stop`."""
         try:
-            outcome: StepOutcome | None = await self._within(self._feed.outcome.remote(step))
+            outcome: StepOutcome | None = await self._within(
+                self._feed.outcome.remote(step), START_TIMEOUT_S if step < 0 else None
+            )
             if step < 0:
                 self._members = await self._within(self._feed.members.remote())
         except RunError as error:
@@ -105,16 +109,16 @@ class TrainerGroup:
         if self._failure is not None:
             raise await self._cause(self._failure, "the trainer group failed: ") from self._failure
 
-    async def _within(self, ref: Any) -> Any:
+    async def _within(self, ref: Any, timeout_s: float | None = None) -> Any:
+        limit = timeout_s or self._config.trainer.timeout_s
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._config.trainer.timeout_s)
+            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), limit)
         except RayActorError as error:
             raise LostError(f"the trainer's feed died: {_last_line(error)}") from error
         except RayError as error:
             raise RunError(_last_line(error)) from error
         except TimeoutError as error:
-            limit = self._config.trainer.timeout_s
-            raise LostError(f"the trainer did not answer within trainer.timeout_s={limit:g}") from error
+            raise LostError(f"the trainer did not answer within {limit:g} s (trainer.timeout_s)") from error
 
     async def _cause(self, error: BaseException, where: str) -> RunError:
         """Why the group failed: an error that a rank met would come again, a death is worth another attempt."""
@@ -129,9 +133,17 @@ class TrainerGroup:
         """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint."""
         with suppress(RayError, TimeoutError):
             await asyncio.wait_for(asyncio.wrap_future(self._feed.close.remote(reason).future()), GIVE_UP_S)
-        await asyncio.to_thread(self._thread.join, GIVE_UP_S if self._members else 1.0)
-        for member in self._members:  # a stopped process hears nothing but the kernel
-            await asyncio.to_thread(end_process, member)
+        await self._joined()
+        if self._thread.is_alive():  # a stopped process hears nothing but the kernel
+            for member in self._members:
+                await asyncio.to_thread(end_process, member)
+            await self._joined()
+        if self._thread.is_alive():
+            for member in await asyncio.to_thread(actors_of_this_job, CONTROLLER):
+                await asyncio.to_thread(end_process, member)
+            await self._joined()
+
+    async def _joined(self) -> None:
         await asyncio.to_thread(self._thread.join, GIVE_UP_S)
 
 
