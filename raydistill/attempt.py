@@ -16,6 +16,7 @@ from raydistill.actors.feed import Feed
 from raydistill.actors.pools import rank_of
 from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_references, sampling_seed
 from raydistill.driver_records import DriverRecords
+from raydistill.errors import RunStopped
 from raydistill.inputs import RunInputs
 from raydistill.keeper import CheckpointKeeper
 from raydistill.loop import DistillationLoop, LoopSummary
@@ -25,7 +26,7 @@ from raydistill.ray_metrics import RayMetrics
 from raydistill.results.record import RunRecord
 from raydistill.resume import ResumePoint
 from raydistill.roles import Pools, Roles, Sampled
-from raydistill.trainer.group import TrainerGroup
+from raydistill.trainer.group import GIVE_UP_S, TrainerGroup
 
 
 class Attempt:
@@ -51,7 +52,7 @@ class Attempt:
 
     async def run(self, console: Console, seconds: dict[str, float]) -> LoopSummary:
         """Train from the attempt's checkpoint to the end; adds its start-up and training time to `seconds`."""
-        start = time.time()
+        start, patience_s = time.time(), GIVE_UP_S
         self._trainer.start()
         try:
             with console.status("starting engines, teachers and trainer workers"):
@@ -75,16 +76,19 @@ class Attempt:
             await self._trainer.finish()
             seconds["train"] = seconds.get("train", 0.0) + time.time() - armed
             return summary
+        except RunStopped:
+            await self._trainer.finish()  # the ranks write their checkpoint
+            raise
+        except asyncio.CancelledError:
+            patience_s = 1.0  # somebody counts the seconds
+            raise
         finally:
-            await asyncio.shield(self._end())
+            await self._trainer.abort("the attempt is over", patience_s)
+            ray.kill(self._feed)
 
     async def stop(self) -> None:
         """Let the ranks checkpoint and leave; `run` then raises RunStopped."""
         await self._trainer.stop()
-
-    async def _end(self) -> None:
-        await self._trainer.abort("the attempt is over")
-        ray.kill(self._feed)
 
     async def _arm(self) -> None:
         """Bring pools and evaluator up, all at the same time."""

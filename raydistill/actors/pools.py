@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from raydistill.actors.engine import SamplingSettings
+from raydistill.actors.environment import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from raydistill.actors.evaluator import EvaluatorActor
 from raydistill.actors.pool import ActorPool
 from raydistill.actors.rollout import EngineSpec, RolloutActor
@@ -28,19 +29,6 @@ from raydistill.roles import Handle, Sampled
 
 MAX_NAMESAKES = 100
 START_TIMEOUT_S = 900.0  # reading a large model from a cold disk
-CPU_ENGINE_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_TARGET_DEVICE": "cpu",
-}
-ENGINE_ENVIRONMENT = {
-    # In-process engine: one process, one failure domain; a dead engine process would hang a synchronous caller for ever.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def rank_of(index: int, num_ranks: int) -> int:

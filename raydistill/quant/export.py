@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -34,7 +34,7 @@ from raydistill.quant.export_files import (
     unquantized_tensors,
     write_adapter,
 )
-from raydistill.quant.formats import WeightFormat
+from raydistill.quant.formats import Layout, WeightFormat
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.integer import QuantizedWeight
 from raydistill.quant.packing import pack
@@ -46,7 +46,6 @@ MANIFEST = "raydistill.json"
 WEIGHTS = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 LAYOUT_VERSION = 1
-Layout = Literal["packed", "compressed-tensors", "dequantized"]
 
 
 def export_student(

@@ -13,8 +13,13 @@ Bits = Literal[2, 3, 4]
 ScaleRule = Literal["absmax", "searched"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
+Layout = Literal["packed", "compressed-tensors", "dequantized"]
+"""How an exported folder stores the weights: our dense codes, what vLLM and transformers read, or plain tensors."""
+
 BITS: dict[str, Bits] = {"int4": 4, "int3": 3, "int2": 2}
 SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "searched")
+LAYOUTS: tuple[Layout, ...] = ("packed", "compressed-tensors", "dequantized")
+ENGINE_GROUPS = (32, 64, 128, None)  # vLLM's 4-bit kernels take no other
 SCALE_BITS: dict[str, int] = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
@@ -67,6 +72,37 @@ def format_from_dict(data: dict[str, Any]) -> WeightFormat:
         return WeightFormat(**data)
     except TypeError as error:
         raise QuantError(f"not a weight format: {data} ({error}); give bits, group_size, symmetric, scale.") from error
+
+
+def default_layout(fmt: WeightFormat | None) -> Layout:
+    """What serves the format best: int4 as other tools read it, narrower codes as densely as we can, plain weights as
+    they are."""
+    if fmt is None:
+        return "dequantized"
+    return "compressed-tensors" if _engines_take(fmt) else "packed"
+
+
+def check_layout(layout: Layout, fmt: WeightFormat | None, is_served: bool, merge_adapter: bool) -> None:
+    """QuantError where a student cannot be stored that way, or only with a loss. is_served: it has an adapter of its
+    own beside the weights; merge_adapter: that one is to become part of them."""
+    if layout == "compressed-tensors" and (fmt is None or not _engines_take(fmt)):
+        have = "unquantized weights" if fmt is None else fmt.name
+        raise QuantError(
+            f"--as compressed-tensors stores int4 with group_size 32, 64, 128 or 'channel', this student is {have}; "
+            "use --as packed (small, for raydistill) or --as dequantized (plain weights for any tool)"
+        )
+    if merge_adapter and not is_served:
+        raise QuantError("--merge-adapter: this student has no adapter beside its weights; leave the switch out")
+    if merge_adapter and layout != "dequantized":
+        raise QuantError(
+            f"--merge-adapter with --as {layout}: an adapter trained in served mode cannot be merged into quantized "
+            "weights without changing their codes; leave the switch out (base and adapter/ then lie side by side), use "
+            "--as dequantized, or train with adapter.mode=merged"
+        )
+
+
+def _engines_take(fmt: WeightFormat) -> bool:
+    return fmt.bits == 4 and fmt.group_size in ENGINE_GROUPS
 
 
 def _check(good: bool, what: str, allowed: str) -> None:

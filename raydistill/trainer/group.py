@@ -129,22 +129,25 @@ class TrainerGroup:
             return RunError(f"{where}{fatal}")
         return LostError(f"{where}{_last_line(self._failure or error)}")
 
-    async def abort(self, reason: str) -> None:
-        """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint."""
+    async def abort(self, reason: str, patience_s: float = GIVE_UP_S) -> None:
+        """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint.
+
+        patience_s: how long they may take to end by themselves.
+        """
         with suppress(RayError, TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(self._feed.close.remote(reason).future()), GIVE_UP_S)
-        await self._joined()
+            await asyncio.wait_for(asyncio.wrap_future(self._feed.close.remote(reason).future()), patience_s)
+        await self._joined(patience_s)
         if self._thread.is_alive():  # a stopped process hears nothing but the kernel
             for member in self._members:
                 await asyncio.to_thread(end_process, member)
-            await self._joined()
+            await self._joined(patience_s)
         if self._thread.is_alive():
             for member in await asyncio.to_thread(actors_of_this_job, CONTROLLER):
                 await asyncio.to_thread(end_process, member)
-            await self._joined()
+            await self._joined(patience_s)
 
-    async def _joined(self) -> None:
-        await asyncio.to_thread(self._thread.join, GIVE_UP_S)
+    async def _joined(self, timeout_s: float) -> None:
+        await asyncio.to_thread(self._thread.join, timeout_s)
 
 
 def worker_environment(config: Config) -> dict[str, str]:
