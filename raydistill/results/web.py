@@ -34,7 +34,7 @@ def serve_page(uri: str, port: int) -> int:
     environment = os.environ | QUIET_ENVIRONMENT | {"MLFLOW_BACKEND_STORE_URI": uri}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # starts helper processes that results do not need
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _interrupt)
     print(f"http://{HOST}:{port} answers in about 20 s; end with Ctrl-C", flush=True)
     try:
         return process.wait()
@@ -43,6 +43,11 @@ def serve_page(uri: str, port: int) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         _end_group(process)
+
+
+def _interrupt(*_: object) -> None:
+    """Not by raising SIGINT: a shell starts its background jobs with that one ignored."""
+    raise KeyboardInterrupt
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
