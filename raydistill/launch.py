@@ -20,6 +20,7 @@ from rich.console import Console
 from raydistill.config import Config
 from raydistill.errors import RunError, UserError
 from raydistill.messages import Samples
+from raydistill.progress import spinner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +154,7 @@ class Launch:
         evaluator = self._pools.evaluator
         trainer.start()
         try:
-            with self._console.status("starting engines, teachers and trainer workers"):
+            with spinner(self._console, "starting engines, teachers and trainer workers"):
                 await self._arm(evaluator)
                 await trainer.outcome(-1)
             self._seconds["start"] = time.time() - start
