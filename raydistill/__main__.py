@@ -14,8 +14,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "demo": ("raydistill.study", "demo_command", "the whole system on a world that needs no download"),
     "train": ("raydistill.train", "train_command", "distil a student as a config says"),
     "evaluate": ("raydistill.evaluate.command", "evaluate_command", "score exported students, runs and models"),
+    "export": ("raydistill.export", "export_command", "write a run's student as a folder for any tool"),
+    "serve": ("raydistill.serve", "serve_command", "an OpenAI-compatible server of a folder, by vLLM"),
+    "chat": ("raydistill.chat", "chat_command", "talk to a folder's model in the terminal"),
     "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
     "runs": ("raydistill.runs", "runs_command", "the runs of a folder and their disk; prune frees it"),
+    "plan": ("raydistill.plan", "plan_command", "actors, memory, bytes and time of a config; starts nothing"),
     "config": ("raydistill.cli", "config_command", "show, check and explain settings"),
 }
 

@@ -22,6 +22,7 @@ from raydistill.keeper import CheckpointKeeper
 from raydistill.loop import DistillationLoop, LoopSummary
 from raydistill.messages import Samples, Scored
 from raydistill.models import StudentSpec
+from raydistill.progress import spinner
 from raydistill.ray_metrics import RayMetrics
 from raydistill.results.record import RunRecord
 from raydistill.resume import ResumePoint
@@ -55,7 +56,7 @@ class Attempt:
         start, patience_s = time.time(), GIVE_UP_S
         self._trainer.start()
         try:
-            with console.status("starting engines, teachers and trainer workers"):
+            with spinner(console, "starting engines, teachers and trainer workers"):
                 await self._arm()
                 await self._trainer.outcome(-1)
             self._record_engines()

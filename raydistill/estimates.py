@@ -135,7 +135,8 @@ def forward_bytes(model: ModelSize, num_tokens: int, weight_bytes: int) -> int:
 
 def activation_bytes(model: ModelSize, num_tokens: int, weight_bytes: int, checkpointing: bool) -> int:
     """What backward needs of the decoder, rough: L x T x (6 H + 3 q + 4 k + 5 M) x b, within a third of what PyTorch
-    saves for Qwen3 and Llama. With gradient checkpointing L x T x H x b and one layer of the former. Fused attention."""
+    saves for Qwen3 and Llama with the default targets (a served adapter on few layers saves less). With gradient
+    checkpointing L x T x H x b and one layer of the former. Attention is assumed fused."""
     layer = num_tokens * (6 * model.hidden + 3 * model.query + 4 * model.key + 5 * model.mlp) * weight_bytes
     if not checkpointing:
         return model.layers * layer

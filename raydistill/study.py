@@ -99,19 +99,25 @@ class Study:
     def _quantize(self, config: Config, validation: Path) -> tuple[dict[str, Path], Config]:
         """Export the best PTQ of each width; the student trains on the best grid of its own."""
         from raydistill.evaluate.ptq import export_ptq, search_grids
+        from raydistill.progress import bar
+        from raydistill.quant.baselines import NUM_GRIDS
         from raydistill.quant.formats import BITS
 
         teacher = Path(config.teacher.model or "")
         group = None if config.quant.group_size == "channel" else config.quant.group_size
-        choices = search_grids(
-            teacher,
-            [BITS[name] for name in config.study.ptq_formats],
-            group,
-            self._validation_examples(config, validation),
-            scale_dtype=config.quant.scale_dtype,
-            skip=config.quant.skip,
-            dtype=config.student.dtype,
-        )
+        examples = self._validation_examples(config, validation)
+        with bar(self._console) as progress:
+            task = progress.add_task("PTQ", total=NUM_GRIDS * len(config.study.ptq_formats))
+            choices = search_grids(
+                teacher,
+                [BITS[name] for name in config.study.ptq_formats],
+                group,
+                examples,
+                scale_dtype=config.quant.scale_dtype,
+                skip=config.quant.skip,
+                dtype=config.student.dtype,
+                on_grid=lambda fmt, _: progress.update(task, advance=1, description=f"PTQ: {fmt.name}"),
+            )
         folders = {}
         for name in config.study.ptq_formats:
             choice, folder = choices[BITS[name]], self._output / "ptq" / name

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from raydistill.cli import PIPE_WIDTH, command_parser, console, print_table
 from raydistill.config import DataSection
 from raydistill.errors import DataError, ModelError, UserError
 from raydistill.evaluate.rows import HeldOutRows, encode_held_out, file_section, rows_of_file, rows_of_run
 from raydistill.evaluate.targets import RunDefaults, Target, find_targets
+from raydistill.progress import bar
 from raydistill.results.tables import SummaryRow, comparison_json, comparison_table
 
 if TYPE_CHECKING:
@@ -164,16 +163,9 @@ def _progress() -> Iterator[Progress]:
     if not console.is_terminal:
         yield _lines()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=console) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+    with bar(console) as progress:
+        task = progress.add_task("")
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 
 
 def _lines() -> Progress:

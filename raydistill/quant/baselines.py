@@ -11,6 +11,8 @@ from raydistill.quant.integer import QuantizedWeight, dequantize
 from raydistill.quant.rebuild import rebuild_codes
 from raydistill.quant.student import quantizable_modules
 
+NUM_GRIDS = 4  # of one width
+
 
 def ptq_grids(
     bits: Bits, group_size: int | None, scale_dtype: ScaleDtype = "float16"

@@ -32,6 +32,7 @@ MAY_IMPORT_ONLY = {
     ),
     "raydistill.losses": ("raydistill.errors",),
     "raydistill.quant": ("raydistill.errors",),
+    "raydistill.estimates": (),  # functions of numbers
 }
 
 # Rooms that must not know each other, whatever else they import.
@@ -64,6 +65,8 @@ LIBRARY_HOMES = {
     "deepspeed": ("raydistill.trainer",),
     "ray.tune": ("tune",),
     "mlflow": ("raydistill.results",),
+    "compressed_tensors": ("raydistill.quant",),
+    "huggingface_hub": ("raydistill.export",),
 }
 
 # Rooms whose libraries are listed in full (besides the standard library).
@@ -71,7 +74,7 @@ MAY_USE_ONLY = {
     "raydistill.config": ("pydantic", "pydantic_core"),
     "raydistill.cli": ("rich",),
     "raydistill.losses": ("torch", "numpy"),
-    "raydistill.quant": ("torch", "numpy", "transformers", "peft", "safetensors"),
+    "raydistill.quant": ("torch", "numpy", "transformers", "peft", "safetensors", "compressed_tensors"),
 }
 
 # Rooms that stay light: they import nothing of these, not even inside a function.
@@ -83,7 +86,10 @@ MUST_NOT_USE = {
 }
 
 # Entry points answer `--help` and a bad config at once: heavy imports stand inside functions, after parsing.
-LIGHT_AT_START = ("raydistill", "raydistill.train", "raydistill.__main__")
+LIGHT_AT_START = (
+    *("raydistill", "raydistill.train", "raydistill.__main__"),
+    *("raydistill.export", "raydistill.serve", "raydistill.chat", "raydistill.model_card"),
+)
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "raydistill.launch")
 
 LONGEST_FILE = 400
