@@ -247,18 +247,25 @@ class Job:
             if last_step(folder) >= kill.step - 1:
                 break
         for _ in polls(process):
-            if is_now(kill.moment, folder):
+            if self._is_now(kill.moment, folder):
                 break
         if process.poll() is not None:
             return False
         if kill.victim == "raylet":
             self._nodes.replace_worker()
             return True
-        victim = process.pid if kill.victim == "driver" else newest(TITLES[kill.victim])
+        victim = process.pid if kill.victim == "driver" else newest(TITLES[kill.victim], self._nodes.address)
         if victim is None:
             return False
         os.kill(victim, self._signal)
         return True
+
+    def _is_now(self, moment: str, folder: Path) -> bool:
+        """Whether the run is inside this moment; the backward pass is when nobody else works."""
+        if moment == "checkpoint":
+            return any((folder / "checkpoints").glob(".writing-*"))
+        busy = {name: newest(title, self._nodes.address) is not None for name, title in BUSY.items()}
+        return not any(busy.values()) if moment == "backward" else busy[moment]
 
     def _compare(self, folder: Path) -> dict[str, str]:
         import numpy as np
@@ -288,23 +295,22 @@ def polls(process: subprocess.Popen[bytes]) -> Iterator[None]:
         time.sleep(0.003)
 
 
-def is_now(moment: str, folder: Path) -> bool:
-    """Whether the run is inside this moment; the backward pass is when nobody else works."""
-    if moment == "checkpoint":
-        return any((folder / "checkpoints").glob(".writing-*"))
-    if moment == "backward":
-        return not any(newest(title) for title in BUSY.values())
-    return newest(BUSY[moment]) is not None
+def newest(title: str, address: str) -> int | None:
+    """The youngest process of the Ray cluster at `address` whose title starts so; other clusters are not ours to touch."""
+    found = [
+        p
+        for p in psutil.process_iter(["cmdline", "create_time"])
+        if " ".join(p.info["cmdline"] or []).startswith(title)
+    ]
+    ours = [p for p in found if _is_of(p, address)]
+    return max(ours, key=lambda p: p.info["create_time"]).pid if ours else None
 
 
-def newest(title: str) -> int | None:
-    """The youngest Ray process whose title starts so."""
-    found = [p for p in psutil.process_iter(["cmdline", "create_time"]) if _title(p).startswith(title)]
-    return max(found, key=lambda p: p.info["create_time"]).pid if found else None
-
-
-def _title(process: Any) -> str:
-    return " ".join(process.info["cmdline"] or [])
+def _is_of(process: psutil.Process, address: str) -> bool:
+    """Ray's workers are children of a raylet, whose command line names the cluster."""
+    with suppress(psutil.Error):
+        return any(address in " ".join(parent.cmdline()) for parent in process.parents())
+    return False
 
 
 def last_step(folder: Path) -> int:
