@@ -116,8 +116,10 @@ class Launch:
         from raydistill.placement import check_placement, placement_plan
         from raydistill.results.recorded import recorded
         from raydistill.resume import find_checkpoint, locked, run_folder
+        from raydistill.storage import check_writable
 
         start = time.time()
+        check_writable(self._config)
         inputs = self._inputs = load_inputs(self._config, self._console)
         config = self._config = inputs.config
         self._folder = run_folder(config, inputs.data.fingerprint)

@@ -49,6 +49,7 @@ ENTRY_POINTS = (
     "raydistill.train",
     "raydistill.__main__",
     "raydistill.study",
+    "raydistill.doctor",
     "tune",
 )
 ONLY_IMPORTED_BY = {

@@ -1,0 +1,299 @@
+"""The verb `raydistill export`: a checkpoint of a run as a folder that stands alone, in the layout that its reader wants.
+
+The folder appears complete or not at all: it is written under another name, read back, and renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydistill import __version__
+from raydistill.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
+from raydistill.cli import command_parser, console
+from raydistill.errors import QuantError, RunError, UserError
+from raydistill.keeper import read_best
+from raydistill.quant.formats import LAYOUTS, Layout, check_layout, default_layout
+from raydistill.results.record_lines import evaluations_of, read_record
+from raydistill.results.tables import format_bytes
+
+if TYPE_CHECKING:
+    from raydistill.config import Config
+    from raydistill.messages import StudentWeights
+    from raydistill.model_card import CardFacts
+
+SUMMARY = """\
+Write one checkpoint of a run as a folder that stands alone: weights, configuration, tokenizer, generation settings and a
+model card (README.md) with the run's numbers.
+
+--as compressed-tensors  int4 that vLLM and transformers load by themselves (default for int4)
+--as packed              raydistill's own dense codes, the smallest (default for int3 and int2)
+--as dequantized         plain weights with the quantized values, for any tool
+A student trained in served mode keeps its adapter in adapter/ (PEFT's format) beside the weights."""
+EXAMPLES = """\
+examples:
+  raydistill export outputs/runs/NAME --to exports/student
+        the best checkpoint
+  raydistill export outputs/runs/NAME --to exports/step-100 --checkpoint 100 --as dequantized
+        another checkpoint, as plain weights
+  raydistill export outputs/runs/NAME --to exports/student --push-to-hub ME/student
+        and upload it; a repository that does not exist is made private
+  raydistill evaluate outputs/runs/NAME exports/student
+        the folder measured on the run's held-out rows
+  raydistill serve exports/student
+        an OpenAI-compatible server
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written."""
+
+    folder: Path
+    run: str
+    version: int
+    layout: Layout
+    format: str
+    codes_hash: str
+    bytes: int
+    pushed_to: str | None
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """The verb `export`."""
+    arguments = _parser().parse_args(list(argv))
+    report = export_run(
+        arguments.run,
+        arguments.to,
+        checkpoint=arguments.checkpoint,
+        layout=arguments.layout,
+        merge_adapter=arguments.merge_adapter,
+        push_to=arguments.push_to_hub,
+    )
+    if arguments.json:
+        print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(report).items()}, indent=1))
+        return 0
+    console.print(
+        f"{report.folder}: step {report.version} of {report.run}, {report.format} as {report.layout}, "
+        f"{format_bytes(report.bytes)}, codes {report.codes_hash}",
+        soft_wrap=True,
+    )
+    if report.pushed_to:
+        console.print(f"uploaded to {report.pushed_to}", soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("export", SUMMARY, EXAMPLES, takes_config=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder (outputs/runs/NAME)")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
+    parser.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: %(default)s")
+    parser.add_argument("--as", dest="layout", choices=LAYOUTS, help="how the weights are stored (see above)")
+    parser.add_argument(
+        "--merge-adapter",
+        action="store_true",
+        help="with --as dequantized: make a served student's adapter part of the plain weights",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder, such as ME/student")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON on stdout")
+    return parser
+
+
+def export_run(
+    run: Path,
+    to: Path,
+    *,
+    checkpoint: str = "best",
+    layout: Layout | None = None,
+    merge_adapter: bool = False,
+    push_to: str | None = None,
+    hub: Any = None,
+) -> ExportReport:
+    """Write the folder; everything that can be refused is refused before a model is loaded. hub: in place of
+    huggingface_hub, in tests."""
+    start = _read_start(run)
+    config = _config_of(start, run)
+    if to.exists():
+        raise UserError(f"--to {to} exists; choose another folder or remove it")
+    fmt, is_served = _format_of(config), config.adapter.mode == "served"
+    layout = layout or default_layout(fmt)
+    check_layout(layout, fmt, is_served, merge_adapter)
+    weights = find_weights(run, checkpoint)
+    if push_to is not None:
+        hub = _hub(hub)
+
+    from raydistill.model_card import model_card
+    from raydistill.quant.export import packed_bytes
+    from raydistill.quant.layouts import write_layout
+
+    name = run.absolute().name
+    building = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    scratch = building.with_suffix(".packed")
+    try:
+        packed = _packed_export(run, config, weights, scratch)
+        manifest = write_layout(packed, building, layout, merge_adapter, {"run": name, "version": weights.version})
+        facts = _card_facts(run, to, start, config, manifest, weights.version, packed_bytes(building))
+        (building / "README.md").write_text(model_card(facts))
+        building.rename(to)
+    except OSError as error:
+        raise RunError(f"--to {to} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if push_to is not None:
+        push(to, push_to, hub)
+    return ExportReport(
+        folder=to,
+        run=name,
+        version=weights.version,
+        layout=layout,
+        format=fmt.name if fmt else "none",
+        codes_hash=manifest["codes_hash"],
+        bytes=facts.size_bytes,
+        pushed_to=push_to,
+    )
+
+
+def find_weights(run: Path, wanted: str) -> StudentWeights:
+    """The weights of a checkpoint: "best", "last" or a step. A UserError lists what there is."""
+    root = run / "checkpoints"
+    present = sorted(root.glob(f"{PREFIX}*"), key=version_of)
+    steps = [version_of(folder) for folder in present]
+    there_are = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+    if wanted == "best":
+        best = read_best(root)
+        if best is None and steps:
+            console.print(f"{run.name} evaluated no checkpoint; the last one is exported", style="yellow")
+            return find_weights(run, "last")
+        if best not in steps:
+            missing = "no checkpoint" if best is None else f"no checkpoint {best} any more"
+            raise UserError(f"--checkpoint best: {run} has {missing}; {there_are}")
+        return load_checkpoint(checkpoint_folder(root, best))
+    if wanted == "last":
+        for folder in reversed(present):
+            try:
+                return load_checkpoint(folder)
+            except RunError as error:
+                console.print(f"{error}: the one before it", style="yellow", soft_wrap=True)
+        raise UserError(f"--checkpoint last: {run} has no whole checkpoint; {there_are}")
+    if not wanted.isdecimal():
+        raise UserError(f"--checkpoint {wanted} is neither best, last nor a step; {there_are}")
+    if int(wanted) not in steps:
+        raise UserError(f"--checkpoint {wanted}: {run} has no checkpoint of that step; {there_are}")
+    return load_checkpoint(checkpoint_folder(root, int(wanted)))
+
+
+def _card_facts(
+    run: Path, to: Path, start: Mapping[str, Any], config: Config, manifest: Mapping[str, Any], version: int, size: int
+) -> CardFacts:
+    from raydistill.model_card import CardFacts
+
+    is_beside = manifest["lora"] is not None
+    return CardFacts(
+        name=to.absolute().name,
+        run=run.absolute().name,
+        teacher=str(config.teacher.model or config.student.model),
+        base=str(config.student.model),
+        fmt=_format_of(config),
+        layout=manifest.get("as", "packed"),
+        dtype=manifest["dtype"],
+        adapter="merged" if config.adapter.mode == "served" and not is_beside else config.adapter.mode,
+        version=version,
+        num_steps=config.trainer.num_steps,
+        codes_hash=manifest["codes_hash"],
+        data_fingerprint=start.get("data_fingerprint"),
+        size_bytes=size,
+        metrics=evaluations_of(run).get(version, {}),
+        raydistill=__version__,
+    )
+
+
+def push(folder: Path, repo: str, hub: Any) -> None:
+    """Upload the folder; a repository that does not exist yet is made private."""
+    try:
+        hub.create_repo(repo, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=f"raydistill {__version__}")
+    except (OSError, ValueError) as error:  # the hub's errors are of these families
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"{folder} is written, but --push-to-hub {repo} failed: {reason}") from error
+
+
+def _hub(hub: Any) -> Any:
+    if hub is None:
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+    if not (hub.token or _stored_token()):
+        raise UserError("--push-to-hub needs a token: log in with `hf auth login`, or set HF_TOKEN")
+    return hub
+
+
+def _stored_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _read_start(run: Path) -> Mapping[str, Any]:
+    start = next((line for line in read_record(run) if line["kind"] == "start"), None)
+    if start is None:
+        siblings = [path.name for path in run.absolute().parent.glob("*")]
+        near = [name for name in get_close_matches(run.name, siblings, n=1) if name != run.name]
+        hint = f"did you mean {run.parent / near[0]}?" if near else "give the folder of a run (outputs/runs/NAME)"
+        raise UserError(f"{run} holds no run's record; {hint}")
+    return start
+
+
+def _config_of(start: Mapping[str, Any], run: Path) -> Config:
+    from pydantic import ValidationError
+
+    from raydistill.config import Config
+
+    try:
+        return Config.model_validate(start["config"])
+    except ValidationError as error:
+        raise UserError(
+            f"the settings in {run}'s record are of another version of raydistill ({error.error_count()} of them do not "
+            f"fit); its own export is {run / 'export'}"
+        ) from error
+
+
+def _format_of(config: Config) -> Any:
+    from raydistill.models import weight_format
+
+    return weight_format(config.quant)
+
+
+def _packed_export(run: Path, config: Config, weights: StudentWeights, scratch: Path) -> Path:
+    """A packed folder of these weights: the run's own export where it is that version, else one made at `scratch`."""
+    import torch
+
+    from raydistill.evaluate.targets import EXPORT_FOLDER
+    from raydistill.models import StudentSpec, build_student
+    from raydistill.quant.export import MANIFEST, export_live, layout_of, read_manifest
+    from raydistill.quant.student import load_adapter_state
+
+    trained = read_description(checkpoint_folder(run / "checkpoints", weights.version)).get("codes_hash")
+    own = run / EXPORT_FOLDER
+    if (own / MANIFEST).is_file():
+        manifest = read_manifest(own)
+        is_this = manifest.get("extra", {}).get("version") == weights.version and manifest["codes_hash"] == trained
+        if is_this and layout_of(manifest) == "packed":
+            return own
+    spec = StudentSpec.of(config)
+    model = build_student(spec)
+    load_adapter_state(model, {key: torch.from_numpy(value.copy()) for key, value in weights.tensors.items()})
+    codes_hash = export_live(scratch, model, spec.model, {})
+    if trained is not None and codes_hash != trained:
+        raise QuantError(
+            f"the student has codes {codes_hash}, step {weights.version} was trained with {trained}: "
+            f"student.model={spec.model!r} is not the model that the run started from"
+        )
+    return scratch

@@ -1,0 +1,184 @@
+"""The verb `raydistill serve`: vLLM's OpenAI-compatible server on a folder, with the settings that its weights need.
+
+This process becomes the server (`exec`), so that signals and the exit code are the server's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistill.actors.environment import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
+from raydistill.cli import command_parser, console
+from raydistill.errors import ModelError, UserError
+from raydistill.evaluate.targets import EXPORT_FOLDER
+from raydistill.results.record_lines import RECORD_FILE
+
+HOST, PORT = "127.0.0.1", 8000
+MANIFEST = "raydistill.json"
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
+SUMMARY = """\
+Serve a model's folder at http://127.0.0.1:PORT/v1 with vLLM: an export of raydistill in any layout, a run's folder (its
+export), or any transformers folder. Ends with Ctrl-C.
+
+vLLM does not know raydistill's packed layout: plain weights are written beside such a folder first, and used again the
+next time. On a CPU int4 weights run in bfloat16, plain weights in the dtype of the student."""
+EXAMPLES = """\
+examples:
+  raydistill serve exports/student
+        at http://127.0.0.1:8000/v1 under the name "student"
+  raydistill serve exports/student --port 8001 --served-model-name mine -- --max-model-len 4096
+        what follows -- goes to vLLM as it is
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"model": "student", "prompt": "Hello", "max_tokens": 32}'
+  raydistill chat exports/student
+        talk to it
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A server process that is to be started."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def serve_command(argv: Sequence[str], execute: Callable[[str, list[str], dict[str, str]], Any] = os.execve) -> int:
+    """The verb `serve`; does not return once the server runs."""
+    own, extra = split_extra(argv)
+    arguments = _parser().parse_args(own)
+    folder = servable_folder(arguments.folder)
+    name = arguments.served_model_name or default_name(arguments.folder)
+    server = plan_server(folder, arguments.port, name, extra, is_cpu=_is_cpu())
+    console.print(f"serving {folder} as {name!r} at http://{HOST}:{arguments.port}/v1 (Ctrl-C ends it)", soft_wrap=True)
+    sys.stdout.flush()
+    execute(server.arguments[0], server.arguments, server.environment)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("serve", SUMMARY, EXAMPLES, takes_config=False)
+    parser.usage = "raydistill serve DIR [--port PORT] [--served-model-name NAME] [-- VLLM ARGUMENTS]"
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder, or a run's")
+    parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
+    return parser
+
+
+def split_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(our arguments, those after --)."""
+    arguments = list(argv)
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def default_name(folder: Path) -> str:
+    """What a model is called when nothing else is said."""
+    return folder.absolute().resolve().name
+
+
+def servable_folder(folder: Path) -> Path:
+    """A folder that vLLM loads: the one given, a run's export, or plain weights written beside a packed one."""
+    if (folder / RECORD_FILE).is_file():
+        folder = folder / EXPORT_FOLDER
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no model: it holds no config.json; give an export, a model or a run's folder")
+    manifest = _manifest(folder)
+    if manifest is None or manifest.get("as", "packed") != "packed":
+        return folder
+    return plain_copy(folder)
+
+
+def plain_copy(packed: Path) -> Path:
+    """FOLDER.dequantized beside a packed folder, adapter merged: written if it is not there or is of another student."""
+    copy, source = packed.with_name(f"{packed.name}.dequantized"), _source_of(packed)
+    made = _manifest(copy)
+    if made is not None and made.get("extra", {}).get("source") == source:
+        console.print(f"{packed} is packed: using the plain weights in {copy}", soft_wrap=True)
+        return copy
+    if copy.exists() and (made is None or "source" not in made.get("extra", {})):
+        raise UserError(f"{copy} is in the way: plain weights of {packed.name} belong there; move or remove it")
+    console.print(f"{packed} is packed: writing plain weights for vLLM to {copy}", soft_wrap=True)
+    from raydistill.quant.export_files import rename_over
+    from raydistill.quant.layouts import write_layout
+
+    building = copy.with_name(f".{copy.name}.{uuid.uuid4().hex[:8]}.partial")
+    is_served = (_manifest(packed) or {})["lora"] is not None
+    try:
+        write_layout(packed, building, "dequantized", merge_adapter=is_served, extra={"source": source})
+        rename_over(building, copy)
+    except OSError as error:
+        raise UserError(
+            f"plain weights cannot be written to {copy} ({error.strerror or error}); export the run with "
+            "--as dequantized to a place with room, and serve that"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return copy
+
+
+def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu: bool) -> Server:
+    """Command line and environment of the server. What the caller's environment sets stays as it is."""
+    manifest = _manifest(folder)
+    lora = (manifest or {}).get("lora")
+    options = {"model": str(folder), "host": HOST, "port": str(port), "served-model-name": name}
+    if lora is not None:
+        options["served-model-name"] = f"{name}-base"  # the student is base and adapter together
+        options |= {"lora-modules": f"{name}={folder / 'adapter'}", "max-lora-rank": str(_lora_rank(lora["rank"]))}
+    environment = {**ENGINE_ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
+    if is_cpu:
+        environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        options |= {"dtype": _cpu_dtype(folder, manifest), "block-size": "32"}
+    given = {argument.split("=")[0] for argument in extra}
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for option, value in options.items():
+        if f"--{option}" not in given:
+            arguments += [f"--{option}", value]
+    flags = (["--enable-lora"] if lora is not None else []) + (["--enforce-eager"] if is_cpu else [])
+    arguments += [flag for flag in flags if flag not in given]
+    return Server(arguments=[*arguments, *extra], environment={**environment, **os.environ})
+
+
+def _cpu_dtype(folder: Path, manifest: Mapping[str, Any] | None) -> str:
+    """vLLM's 4-bit kernels for CPUs compute in bfloat16 only; anything else runs in its own dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("quantization_config"):
+        return "bfloat16"
+    return str((manifest or {}).get("dtype") or "auto")
+
+
+def _lora_rank(rank: int) -> int:
+    return next((known for known in LORA_RANKS if known >= rank), rank)
+
+
+def _source_of(packed: Path) -> str:
+    """Fingerprint of a packed export: its raydistill.json holds the hashes of all its weights."""
+    return hashlib.sha256((packed / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except OSError:
+        return None
+    except ValueError as error:
+        raise ModelError(f"{folder / MANIFEST} is damaged ({error}); export the student again") from error
+    return manifest
+
+
+def _is_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()

@@ -1,0 +1,131 @@
+"""`raydistill serve` on an int4 export: vLLM reads the folder by itself, says what transformers says, and ends by its pid."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raydistill.chat import chat_command, served_models
+from raydistill.config import AdapterSection, QuantSection, StudentSection
+from raydistill.models import StudentSpec, build_student
+from raydistill.quant.export import export_live
+from raydistill.quant.layouts import write_layout
+from raydistill.quant.student import adapter_state, load_adapter_state
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 300
+NEW_TOKENS = 24
+BFLOAT16_NOISE = 0.15  # in logits: the 4-bit kernel adds in another order than a dense product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    process: subprocess.Popen[bytes]
+    folder: Path
+    port: int
+
+
+@pytest.fixture(scope="module")
+def serving(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    root = tmp_path_factory.mktemp("serve")
+    spec = StudentSpec(
+        student=StudentSection(model=str(tiny_model), dtype="bfloat16"),
+        quant=QuantSection(format="int4", group_size=32, symmetric=False, scale_dtype="bfloat16"),
+        adapter=AdapterSection(mode="merged", rank=4, alpha=8),
+    )
+    student = build_student(spec)
+    generator = torch.Generator().manual_seed(0)
+    load_adapter_state(
+        student, {k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in adapter_state(student).items()}
+    )
+    export_live(root / "packed", student, tiny_model, {})
+    write_layout(root / "packed", root / "student", "compressed-tensors")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "raydistill", "serve", str(root / "student"), "--port", str(port)]
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--", "--max-model-len", "128"], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while served_models(port) is None:
+            assert process.poll() is None and time.monotonic() < deadline, (root / "log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield Serving(process=process, folder=root / "student", port=port)
+    finally:
+        if processes_of(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def processes_of(session: int) -> list[int]:
+    """Ids of all processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def complete(serving: Serving, prompt: list[int]) -> dict[str, Any]:
+    body = {"model": "student", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{serving.port}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]
+
+
+def test_the_server_says_what_transformers_says_and_leaves_nothing_behind(serving: Serving, capsys: Any) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(serving.folder)
+    question = "Tom has 3 apples and buys 4. How many apples does Tom have?"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    )
+    choice = complete(serving, prompt)
+    model: Any = AutoModelForCausalLM.from_pretrained(serving.folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        logits_NV = model(torch.tensor([prompt + choice["token_ids"]])).logits[0, len(prompt) - 1 : -1].float()
+        said = torch.tensor(choice["token_ids"])
+        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :]
+    loss_N = logits_NV.amax(dim=1) - logits_NV.gather(1, said[:, None])[:, 0]
+    print(loss_N, tokenizer.decode(greedy), choice["text"], sep="\n")
+    assert float(loss_N.max()) < BFLOAT16_NOISE
+    if float(loss_N.max()) == 0:
+        assert tokenizer.decode(greedy, skip_special_tokens=True) == choice["text"]
+    capsys.readouterr()
+
+    arguments = [str(serving.folder), "--port", str(serving.port), "--max-tokens", str(NEW_TOKENS)]
+    assert chat_command([*arguments, "--once", question]) == 0
+    assert capsys.readouterr().out == choice["text"] + "\n"
+
+    assert len(processes_of(serving.process.pid)) >= 1
+    serving.process.send_signal(signal.SIGTERM)
+    serving.process.wait(60)
+    deadline = time.monotonic() + 20
+    while processes_of(serving.process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(serving.process.pid) == []
+    assert served_models(serving.port) is None
