@@ -1,6 +1,7 @@
 """The verb `raydistill doctor`: everything that can be known before a run costs anything, each complaint with a way out.
 
-The cheap checks also run first in every job (`launch` calls `storage`, `inputs`, `placement`). `--parity` also starts one rollout engine and compares it with the local student: the noise floor of the policy gap.
+The cheap checks also run first in every job (`launch` calls `storage`, `inputs`, `placement`). `--parity` also starts one
+rollout engine and compares it with the local student: the noise floor of the policy gap.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def compressed_tensors(codes: Mapping[str, QuantizedWeight]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def take_codes(tensors: dict[str, Tensor], layers: Mapping[str, Sequence[int]], fmt: WeightFormat) -> dict[str, Any]:
+def take_codes(
+    tensors: dict[str, Tensor], layers: Mapping[str, Sequence[int]], fmt: WeightFormat
+) -> dict[str, QuantizedWeight]:
     """The codes of every layer, unpacked by the library; their tensors leave `tensors`. KeyError if one is missing."""
     codes: dict[str, QuantizedWeight] = {}
     for name, shape in layers.items():

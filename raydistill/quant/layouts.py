@@ -5,7 +5,8 @@
     dequantized          Q(W) in the dtype that the student computes in; with `merge_adapter` Q(W) + s*BA
 
 Each holds configuration, tokenizer, generation settings, raydistill.json (`as` names the layout) and, for a student in
-served mode, adapter/. `write_layout` reads a packed folder; `load_layout` is `load_exported` for the other two.
+served mode, adapter/. `write_layout` reads a folder that has codes (the first two); `load_layout` is `load_exported` for the
+last two.
 """
 
 import io
@@ -30,41 +31,44 @@ from raydistill.quant.export_files import (
     apply_adapter,
     compare_hashes,
     copied_files,
+    packed_tensors,
     read_tensors,
     stored_codes,
     stored_format,
 )
 from raydistill.quant.formats import Layout, check_layout
 from raydistill.quant.hashing import hash_tensors
-from raydistill.quant.integer import dequantize
+from raydistill.quant.integer import QuantizedWeight, dequantize
+from raydistill.quant.packing import pack
 from raydistill.quant.rebuild import merged_weight
 
 
 @torch.no_grad()
 def write_layout(
-    packed: Path, building: Path, layout: Layout, merge_adapter: bool = False, extra: Mapping[str, Any] | None = None
+    source: Path, building: Path, layout: Layout, merge_adapter: bool = False, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fill the new folder `building` from a packed one; returns raydistill.json. The caller gives it its final name.
+    """Fill the new folder `building` from an export; returns raydistill.json. The caller gives it its final name.
 
     extra: added to what raydistill.json keeps. QuantError if codes read back are not those that were read first.
     """
-    manifest = read_manifest(packed)
+    manifest = read_manifest(source)
     fmt, dtype = stored_format(manifest), manifest["dtype"]
     check_layout(layout, fmt, manifest["lora"] is not None, merge_adapter)
     building.mkdir(parents=True)
-    for source in copied_files(packed):
-        shutil.copyfile(source, building / source.name)
+    for path in copied_files(source):
+        shutil.copyfile(path, building / path.name)
     manifest["extra"] = {**manifest.get("extra", {}), **(extra or {})}
-    tensors = read_tensors(packed / WEIGHTS)
-    codes, others = stored_codes(manifest, tensors, packed / WEIGHTS)
-    if layout == "compressed-tensors":
+    codes, others = _read_weights(source, manifest)
+    if layout == "packed":
+        tensors = others | packed_tensors({name: pack(quantized) for name, quantized in codes.items()})
+    elif layout == "compressed-tensors":
         assert fmt is not None
         tensors = others | compressed_tensors(codes)
-        _set_config(building, dtype, quantization_config(fmt, _other_linears(packed, manifest["layers"])))
-    elif layout == "dequantized":
+        _set_config(building, dtype, quantization_config(fmt, _other_linears(source, manifest["layers"])))
+    else:
         tensors = others | {f"{name}.weight": dequantize(quantized) for name, quantized in codes.items()}
         if merge_adapter:
-            _merge(tensors, packed, manifest["lora"])
+            _merge(tensors, source, manifest["lora"])
             manifest["lora"] = None
         if dtype is not None:
             target = getattr(torch, dtype)
@@ -72,13 +76,12 @@ def write_layout(
         _set_config(building, dtype, None)
         manifest["others_hash"] = hash_tensors(tensors)
     save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
-    if layout != "packed":
-        manifest["as"] = layout
+    manifest["as"] = layout
     if manifest["lora"] is not None:
-        shutil.copytree(packed / ADAPTER_FOLDER, building / ADAPTER_FOLDER)
+        shutil.copytree(source / ADAPTER_FOLDER, building / ADAPTER_FOLDER)
     if not (building / "generation_config.json").is_file():
-        GenerationConfig.from_model_config(AutoConfig.from_pretrained(packed)).save_pretrained(building)
-    _check_weights(building, manifest)
+        GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(building)
+    _read_weights(building, manifest)
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
@@ -89,7 +92,7 @@ def load_layout(folder: Path, manifest: Mapping[str, Any], dtype: torch.dtype | 
     compressed-tensors computes Q(W) in the dtype it loads in, so it loads in float32 and the finished weights are
     rounded to the student's dtype, once, as in training.
     """
-    _check_weights(folder, manifest)
+    _read_weights(folder, manifest)
     wanted = dtype or (getattr(torch, manifest["dtype"]) if manifest["dtype"] else None)
     is_compressed = layout_of(manifest) == "compressed-tensors"
     options: dict[str, Any] = {"dtype": wanted or "auto"}
@@ -110,17 +113,17 @@ def load_layout(folder: Path, manifest: Mapping[str, Any], dtype: torch.dtype | 
     return cast(nn.Module, model).eval()
 
 
-def _check_weights(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """QuantError unless the weight file holds what raydistill.json says."""
+def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """(codes by layer, all other tensors) of an export; QuantError unless they are what raydistill.json says.
+    Dequantized weights have no codes any more: they are all among the others."""
     path = folder / WEIGHTS
     tensors = read_tensors(path)
+    if layout_of(manifest) == "packed":
+        return stored_codes(manifest, tensors, path)
     if layout_of(manifest) == "dequantized":
         if hash_tensors(tensors) != manifest["others_hash"]:
             raise QuantError(f"{path} is damaged: its weights are not those that were written; export it again.")
-        return
-    if layout_of(manifest) == "packed":
-        stored_codes(manifest, tensors, path)
-        return
+        return {}, tensors
     fmt = stored_format(manifest)
     assert fmt is not None, "check_layout refuses unquantized weights"
     try:
@@ -128,11 +131,12 @@ def _check_weights(folder: Path, manifest: Mapping[str, Any]) -> None:
     except KeyError as error:
         raise QuantError(f"{path} lacks tensor {error}; export the student again.") from error
     compare_hashes(manifest, codes, tensors, path)
+    return codes, tensors
 
 
-def _merge(tensors: dict[str, Tensor], packed: Path, lora: Mapping[str, Any]) -> None:
+def _merge(tensors: dict[str, Tensor], source: Path, lora: Mapping[str, Any]) -> None:
     """Put the adapter into dense weights."""
-    path = packed / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+    path = source / ADAPTER_FOLDER / ADAPTER_WEIGHTS
     adapter = read_tensors(path)
     if hash_tensors(adapter) != lora["hash"]:
         raise QuantError(f"{path} is damaged: the adapter is not what was written; export the student again.")
@@ -152,6 +156,8 @@ def _set_config(folder: Path, dtype: str | None, quantization: dict[str, Any] | 
         config.pop("torch_dtype", None)  # the name that older versions of transformers gave it
     if quantization is not None:
         config["quantization_config"] = quantization
+    else:
+        config.pop("quantization_config", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

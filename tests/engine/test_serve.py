@@ -1,4 +1,7 @@
-"""`raydistill serve` on an int4 export: vLLM reads the folder by itself, says what transformers says, and ends by its pid."""
+"""`raydistill serve` on an int4 export: vLLM says what transformers says on the same folder, and ends by its pid.
+
+Where the processor has AVX-512 vLLM runs the 4-bit weights themselves, elsewhere the plain copy that `serve` makes.
+"""
 
 import json
 import os

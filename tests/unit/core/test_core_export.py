@@ -16,6 +16,7 @@ from raydistill.chat import chat_command, served_models
 from raydistill.checkpoint import save_checkpoint
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
+from raydistill.errors import UserError
 from raydistill.export import export_command, export_run
 from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import EvalReport, Span, StudentWeights
@@ -209,20 +210,34 @@ def test_names_of_folders_stay_private() -> None:
 def test_serving_a_packed_folder_writes_plain_weights_once(served: Run, tmp_path: Path, capsys: Any) -> None:
     packed = tmp_path / "student"
     export_run(served.folder, packed)
-    copy = servable_folder(packed)
+    copy = servable_folder(packed, takes_int4=True)
     assert copy == tmp_path / "student.dequantized" and "writing plain weights" in capsys.readouterr().err
     alone = AutoModelForCausalLM.from_pretrained(copy, dtype="auto").eval()
     torch.testing.assert_close(logits(alone), served.logits[2], rtol=1e-5, atol=1e-5)
     made = (copy / "model.safetensors").stat().st_mtime_ns
-    assert servable_folder(packed) == copy and "using the plain weights" in capsys.readouterr().err
+    assert servable_folder(packed, takes_int4=True) == copy and "using the plain weights" in capsys.readouterr().err
     assert (copy / "model.safetensors").stat().st_mtime_ns == made
     other = tmp_path / "again" / "student"  # the same codes, another adapter
     export_run(served.folder, other, checkpoint="0")
     packed.rename(tmp_path / "aside")
     other.rename(packed)
-    assert servable_folder(packed) == copy and "writing plain weights" in capsys.readouterr().err
+    assert servable_folder(packed, takes_int4=True) == copy and "writing plain weights" in capsys.readouterr().err
     alone = AutoModelForCausalLM.from_pretrained(copy, dtype="auto").eval()
     torch.testing.assert_close(logits(alone), served.logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_int4_is_served_as_it_is_where_there_is_a_kernel(run: Run, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "student"
+    export_run(run.folder, out)
+    assert servable_folder(out, takes_int4=True) == out
+    copy = servable_folder(out, takes_int4=False)
+    assert copy != out and "no kernel on this processor: writing plain weights" in capsys.readouterr().err
+    alone = AutoModelForCausalLM.from_pretrained(copy, dtype="auto").eval()
+    assert torch.equal(logits(alone), run.logits[2])
+    assert servable_folder(copy, takes_int4=False) == copy
+    (copy / "raydistill.json").unlink()
+    with pytest.raises(UserError, match="is in the way"):
+        servable_folder(out, takes_int4=False)
 
 
 def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: Path, monkeypatch: Any) -> None:
@@ -237,6 +252,7 @@ def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: P
 
     extra = ["--max-model-len", "64", "--block-size=16"]
     monkeypatch.setattr("raydistill.serve._is_cpu", lambda: True)
+    monkeypatch.setattr("raydistill.serve._cpu_takes_int4", lambda: True)
     serve_command([str(tmp_path / "int4"), "--port", "8123", "--", *extra], execute)
     text = " ".join(started[0])
     assert f"-m vllm.entrypoints.openai.api_server --model {tmp_path / 'int4'} --host 127.0.0.1 --port 8123" in text
