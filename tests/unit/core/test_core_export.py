@@ -335,9 +335,13 @@ def test_chat_does_not_talk_to_another_model(port: int, capsys: Any) -> None:
     assert "serves student, not other" in capsys.readouterr().err
 
 
-def test_chat_says_why_its_server_did_not_start(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_chat_says_why_there_is_no_server(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    arguments = [str(tmp_path), "--port", "1", "--once", "hello"]
+    assert main_with_errors(chat_command, arguments) == 2
+    assert "holds no config.json" in capsys.readouterr().err
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     )
-    assert main_with_errors(chat_command, [str(tmp_path), "--port", "1", "--once", "hello"]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+    monkeypatch.setattr("raydistill.chat.prepare_folder", lambda folder: folder)
+    assert main_with_errors(chat_command, arguments) == 1
+    assert "its last lines:\nerror: " in capsys.readouterr().err
