@@ -23,7 +23,7 @@ from typing import Any
 
 from raydistill.cli import command_parser, console
 from raydistill.errors import RunError, UserError
-from raydistill.serve import HOST, PORT, default_name, split_extra
+from raydistill.serve import HOST, PORT, default_name, prepare_folder, split_extra
 
 START_TIMEOUT_S = 600.0  # a large model from a cold disk
 ANSWER_TIMEOUT_S = 300.0
@@ -122,6 +122,7 @@ def running_server(folder: Path, port: int, name: str, extra: Sequence[str]) -> 
             )
         yield
         return
+    folder = prepare_folder(folder)
     with tempfile.NamedTemporaryFile("w+", prefix="raydistill-serve-", suffix=".log") as log:
         command = [sys.executable, "-m", "raydistill", "serve", str(folder), "--port", str(port)]
         command += ["--served-model-name", name, "--", *extra]
@@ -140,9 +141,6 @@ def _wait_until_ready(process: subprocess.Popen[Any], port: int, log: Path) -> N
     while served_models(port) is None:
         if process.poll() is not None:
             lines = log.read_text(errors="replace").splitlines()
-            ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            if ours:
-                raise UserError("\n".join(ours))
             raise RunError("the server did not start; its last lines:\n" + "\n".join(lines[-LOG_LINES:]))
         if time.monotonic() > deadline:
             raise RunError(f"the server is not ready after {START_TIMEOUT_S:.0f} s; start `raydistill serve` by itself")

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import uuid
@@ -30,8 +31,9 @@ SUMMARY = """\
 Serve a model's folder at http://127.0.0.1:PORT/v1 with vLLM: an export of raydistill in any layout, a run's folder (its
 export), or any transformers folder. Ends with Ctrl-C.
 
-vLLM does not know raydistill's packed layout: plain weights are written beside such a folder first, and used again the
-next time. On a CPU int4 weights run in bfloat16, plain weights in the dtype of the student."""
+vLLM does not know raydistill's packed layout, and has no 4-bit kernel for x86 processors without AVX-512: plain weights are
+then written beside the folder first, and used again the next time. On a CPU int4 weights run in bfloat16, plain weights
+in the dtype of the student."""
 EXAMPLES = """\
 examples:
   raydistill serve exports/student
@@ -57,9 +59,9 @@ def serve_command(argv: Sequence[str], execute: Callable[[str, list[str], dict[s
     """The verb `serve`; does not return once the server runs."""
     own, extra = split_extra(argv)
     arguments = _parser().parse_args(own)
-    folder = servable_folder(arguments.folder)
+    folder = prepare_folder(arguments.folder)
     name = arguments.served_model_name or default_name(arguments.folder)
-    server = plan_server(folder, arguments.port, name, extra, is_cpu=_is_cpu())
+    server = plan_server(folder, arguments.port, name, extra, _is_cpu())
     console.print(f"serving {folder} as {name!r} at http://{HOST}:{arguments.port}/v1 (Ctrl-C ends it)", soft_wrap=True)
     sys.stdout.flush()
     execute(server.arguments[0], server.arguments, server.environment)
@@ -89,35 +91,42 @@ def default_name(folder: Path) -> str:
     return folder.absolute().resolve().name
 
 
-def servable_folder(folder: Path) -> Path:
-    """A folder that vLLM loads: the one given, a run's export, or plain weights written beside a packed one."""
+def prepare_folder(folder: Path) -> Path:
+    """`servable_folder` for this machine."""
+    return servable_folder(folder, takes_int4=not _is_cpu() or _cpu_takes_int4())
+
+
+def servable_folder(folder: Path, takes_int4: bool) -> Path:
+    """A folder that vLLM runs here: the one given, a run's export, or plain weights written beside it."""
     if (folder / RECORD_FILE).is_file():
         folder = folder / EXPORT_FOLDER
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is no model: it holds no config.json; give an export, a model or a run's folder")
     manifest = _manifest(folder)
-    if manifest is None or manifest.get("as", "packed") != "packed":
+    if manifest is None or manifest.get("as") == "dequantized":
         return folder
-    return plain_copy(folder)
+    if manifest.get("as", "packed") == "packed":
+        return plain_copy(folder, "is packed")
+    return folder if takes_int4 else plain_copy(folder, "is int4, for which vLLM has no kernel on this processor")
 
 
-def plain_copy(packed: Path) -> Path:
-    """FOLDER.dequantized beside a packed folder, adapter merged: written if it is not there or is of another student."""
-    copy, source = packed.with_name(f"{packed.name}.dequantized"), _source_of(packed)
+def plain_copy(export: Path, reason: str) -> Path:
+    """FOLDER.dequantized beside an export, adapter merged: written if it is not there or is of another student."""
+    copy, source = export.with_name(f"{export.name}.dequantized"), _source_of(export)
     made = _manifest(copy)
     if made is not None and made.get("extra", {}).get("source") == source:
-        console.print(f"{packed} is packed: using the plain weights in {copy}", soft_wrap=True)
+        console.print(f"{export} {reason}: using the plain weights in {copy}", soft_wrap=True)
         return copy
     if copy.exists() and (made is None or "source" not in made.get("extra", {})):
-        raise UserError(f"{copy} is in the way: plain weights of {packed.name} belong there; move or remove it")
-    console.print(f"{packed} is packed: writing plain weights for vLLM to {copy}", soft_wrap=True)
+        raise UserError(f"{copy} is in the way: plain weights of {export.name} belong there; move or remove it")
+    console.print(f"{export} {reason}: writing plain weights to {copy}", soft_wrap=True)
     from raydistill.quant.export_files import rename_over
     from raydistill.quant.layouts import write_layout
 
     building = copy.with_name(f".{copy.name}.{uuid.uuid4().hex[:8]}.partial")
-    is_served = (_manifest(packed) or {})["lora"] is not None
+    is_served = (_manifest(export) or {})["lora"] is not None
     try:
-        write_layout(packed, building, "dequantized", merge_adapter=is_served, extra={"source": source})
+        write_layout(export, building, "dequantized", merge_adapter=is_served, extra={"source": source})
         rename_over(building, copy)
     except OSError as error:
         raise UserError(
@@ -138,6 +147,7 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
         options["served-model-name"] = f"{name}-base"  # the student is base and adapter together
         options |= {"lora-modules": f"{name}={folder / 'adapter'}", "max-lora-rank": str(_lora_rank(lora["rank"]))}
     environment = {**ENGINE_ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the server has a process of its own for the engine anyway
     if is_cpu:
         environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         options |= {"dtype": _cpu_dtype(folder, manifest), "block-size": "32"}
@@ -163,9 +173,9 @@ def _lora_rank(rank: int) -> int:
     return next((known for known in LORA_RANKS if known >= rank), rank)
 
 
-def _source_of(packed: Path) -> str:
-    """Fingerprint of a packed export: its raydistill.json holds the hashes of all its weights."""
-    return hashlib.sha256((packed / MANIFEST).read_bytes()).hexdigest()[:16]
+def _source_of(export: Path) -> str:
+    """Fingerprint of an export: its raydistill.json holds the hashes of all its weights."""
+    return hashlib.sha256((export / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -182,3 +192,10 @@ def _is_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _cpu_takes_int4() -> bool:
+    """vLLM's build for x86 processors without AVX-512 loads int4 weights and fails at the first token."""
+    import torch
+
+    return platform.machine().lower() not in ("x86_64", "amd64") or bool(torch.cpu._is_avx512_supported())
