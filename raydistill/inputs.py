@@ -85,7 +85,9 @@ def load_inputs(config: Config, console: Console) -> RunInputs:
     config = resolve_world(config, console)
     facts = check_models(config)
     if config.teacher.model is None:
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": config.student.model})})
+        config = config.model_copy(
+            update={"teacher": config.teacher.model_copy(update={"model": config.student.model})}
+        )
     if config.needs_rollouts:  # a sampled completion must fit behind every prompt
         room = max(config.data.min_prompt_room, config.rollout.max_new_tokens)
         config = config.model_copy(update={"data": config.data.model_copy(update={"min_prompt_room": room})})
