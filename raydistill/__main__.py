@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("raydistill.serve", "serve_command", "an OpenAI-compatible server of a folder, by vLLM"),
     "chat": ("raydistill.chat", "chat_command", "talk to a folder's model in the terminal"),
     "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
+    "init": ("raydistill.init", "init_command", "write a config that fits a model, its data and the GPUs there are"),
     "doctor": ("raydistill.doctor", "doctor_command", "check a config before it costs anything"),
     "runs": ("raydistill.runs", "runs_command", "the runs of a folder and their disk; prune frees it"),
     "plan": ("raydistill.plan", "plan_command", "actors, memory, bytes and time of a config; starts nothing"),
