@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "doctor": ("raydistill.doctor", "doctor_command", "check a config before it costs anything"),
     "runs": ("raydistill.runs", "runs_command", "the runs of a folder and their disk; prune frees it"),
     "plan": ("raydistill.plan", "plan_command", "actors, memory, bytes and time of a config; starts nothing"),
+    "reproduce": ("raydistill.reproduce", "reproduce_command", "run a recorded config again and list what differs"),
     "config": ("raydistill.cli", "config_command", "show, check and explain settings"),
 }
 

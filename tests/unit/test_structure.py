@@ -50,6 +50,7 @@ ENTRY_POINTS = (
     "raydistill.__main__",
     "raydistill.study",
     "raydistill.doctor",
+    "raydistill.reproduce",
     "tune",
 )
 ONLY_IMPORTED_BY = {

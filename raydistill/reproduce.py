@@ -1,0 +1,152 @@
+"""The verb `raydistill reproduce`: run a recorded config again and list what came out differently.
+
+The config, seed and data fingerprint come from the run's record. What cannot be made equal (code revision, package versions,
+machine) is listed before the run starts, because it explains differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydistill.cli import command_parser, console, print_table
+from raydistill.config import Config
+from raydistill.errors import UserError
+from raydistill.results.record_lines import evaluations_of, read_record
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+SUMMARY = """\
+Run a recorded config again under a new name and list the differences from the record: versions, losses, held-out metrics.
+
+With sync.max_staleness = 0 in float32 on the same machine and versions nothing differs. Exit code 1 if a loss differs by more
+than --tolerance."""
+EXAMPLES = """\
+examples:
+  raydistill reproduce outputs/runs/NAME
+        the same settings, data and seed; the new run is outputs/runs/NAME-reproduced
+  raydistill reproduce outputs/runs/NAME --tolerance 0.01 --json
+        for a script that accepts other hardware
+"""
+CHECKED_FIRST = ("versions", "git", "machine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One thing that is not as recorded."""
+
+    what: str
+    recorded: str
+    now: str
+
+
+def reproduce_command(argv: Sequence[str]) -> int:
+    """The verb `reproduce`."""
+    arguments = _parser().parse_args(list(argv))
+    start = read_start(arguments.run)
+    config = again(start, arguments.run)
+    from raydistill.launch import run
+    from raydistill.results.provenance import collect
+
+    found = provenance_differences(start["provenance"], collect())
+    for difference in found:
+        console.print(f"  {difference.what}: {difference.recorded} then, {difference.now} now", style="dim")
+    summary = run(config, console=console)
+    results, largest = result_differences(arguments.run, summary.folder)
+    rows = [asdict(difference) for difference in (*found, *results)]
+    if rows or arguments.json:
+        print_table(rows, ["what", "recorded", "now"], json=arguments.json)
+    console.print(f"largest difference of a loss: {largest:.2g} nats; the new run is {summary.folder}", soft_wrap=True)
+    return 0 if largest <= arguments.tolerance else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("reproduce", SUMMARY, EXAMPLES, takes_config=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder (outputs/runs/NAME)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, metavar="NATS", help="of a step's loss (default: %(default)g)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the differences as JSON on stdout")
+    return parser
+
+
+def read_start(run: Path) -> Mapping[str, Any]:
+    """The start line of a run's record."""
+    start = next((line for line in read_record(run) if line["kind"] == "start"), None)
+    if start is None:
+        raise UserError(f"{run} holds no run's record; give the folder of a run (outputs/runs/NAME)")
+    return start
+
+
+def again(start: Mapping[str, Any], run: Path) -> Config:
+    """The recorded settings under a new name, in the same output folder."""
+    from pydantic import ValidationError
+
+    settings = {section: dict(fields) for section, fields in start["config"].items()}
+    settings["run"] |= {"name": f"{run.absolute().name}-reproduced", "resume": "never"}
+    settings["run"]["output"] = run.absolute().parent.parent
+    settings["world"] = {"name": "none"}  # its files are named by path already
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"the settings in {run}'s record do not fit this version: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+
+
+def provenance_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Code, packages and machine, where they are not as recorded."""
+    from raydistill.results.translate import flatten
+
+    then, today = (flatten({key: facts.get(key) for key in CHECKED_FIRST}) for facts in (recorded, now))
+    return _differences(then, today)
+
+
+def result_differences(recorded: Path, now: Path) -> tuple[list[Difference], float]:
+    """Data, losses and held-out metrics that differ, and the largest difference of a step's loss."""
+    before, after = _losses(recorded), _losses(now)
+    shared = before.keys() & after.keys()
+    gaps = {step: abs(before[step] - after[step]) for step in shared}
+    largest = max(gaps.values(), default=float("inf"))
+    found = []
+    if before.keys() != after.keys():
+        found.append(Difference(what="steps", recorded=str(len(before)), now=str(len(after))))
+        largest = float("inf")
+    if any(gaps.values()):
+        first = min(step for step, gap in gaps.items() if gap)
+        found.append(
+            Difference(what=f"loss, from step {first}", recorded=f"{before[first]:.9g}", now=f"{after[first]:.9g}")
+        )
+    fingerprints = [read_start(run).get("data_fingerprint") for run in (recorded, now)]
+    pairs = {"data fingerprint": fingerprints} | _metric_pairs(recorded, now)
+    found += _differences({k: str(a) for k, (a, _) in pairs.items()}, {k: str(b) for k, (_, b) in pairs.items()})
+    return found, largest
+
+
+def _metric_pairs(recorded: Path, now: Path) -> dict[str, list[Any]]:
+    before, after = evaluations_of(recorded), evaluations_of(now)
+    return {
+        f"{name} of version {version}": [metrics.get(name), after.get(version, {}).get(name)]
+        for version, metrics in before.items()
+        for name in metrics
+    }
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["metrics"]["trainer/loss"] for line in read_record(run) if line["kind"] == "step"}
+
+
+def _differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[Difference]:
+    names = sorted(recorded.keys() | now.keys())
+    return [
+        Difference(what=name, recorded=recorded.get(name, "-"), now=now.get(name, "-"))
+        for name in names
+        if recorded.get(name) != now.get(name)
+    ]
