@@ -65,7 +65,7 @@ def start_cluster(config: Config) -> None:
     options: dict[str, Any] = {} if address else {"num_cpus": config.cluster.num_cpus}
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # without one, Ray would join whatever cluster it finds on this machine
             log_to_driver=config.run.verbose,
             logging_level="INFO" if config.run.verbose else "ERROR",
             configure_logging=True,
