@@ -88,9 +88,9 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Without what an earlier Ray of this process left behind, but with the token mode it set."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_AUTH")}
-    return kept | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    """Without what an earlier Ray of this process left behind, and without the token that one may have written."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return kept | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled"}
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
