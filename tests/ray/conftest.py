@@ -22,7 +22,7 @@ def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> An
     base = {
         "run": {"output": str(tmp_path_factory.mktemp("outputs"))},
         "student": {"model": model, "dtype": "float32"},
-        "teacher": {"dtype": "float32", "num_cpus": 0.1},  # unset: the student's own model
+        "teacher": {"model": model, "dtype": "float32", "num_cpus": 0.1},
         "data": {
             "path": str(tiny_world.train_path),
             "eval_path": str(tiny_world.validation_path),

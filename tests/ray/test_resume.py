@@ -20,7 +20,7 @@ from raydistill.ledger import ledger_problems, read_ledger
 pytestmark = pytest.mark.ray
 
 STEPS = 6
-HF = {"rollout": {"engine": "hf"}}
+HF = {"rollout": {"engine": "hf"}, "teacher": {"model": None}}  # without a name: the student's own model
 
 
 def config_of(make_config: Any, name: str, **changes: Any) -> Config:
