@@ -66,7 +66,7 @@ class ActorPool(Generic[Actor]):
         while True:
             actor = self._actors[index]
             try:
-                return await self._within(getattr(actor, method).remote(*args), timeout_s)
+                return await self._within(actor, getattr(actor, method).remote(*args), timeout_s)
             except DEATHS as error:
                 await self._replace(index, actor, error)
 
@@ -82,7 +82,7 @@ class ActorPool(Generic[Actor]):
             self.queue_depth += 1
             try:
                 refs = getattr(actor, method).options(num_returns=1 + num_objects).remote(*args)
-                report = await self._within(refs[0])
+                report = await self._within(actor, refs[0])
                 return [report, *refs[1:]]
             except DEATHS as error:
                 await self._replace(chosen, actor, error)
@@ -90,11 +90,17 @@ class ActorPool(Generic[Actor]):
                 self._load[chosen] -= weight
                 self.queue_depth -= 1
 
-    async def _within(self, ref: Any, timeout_s: float | None = None) -> Any:
+    async def _within(self, actor: Any, ref: Any, timeout_s: float | None = None) -> Any:
+        """The answer; LostError where an argument is gone, because whoever was to make it died."""
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s or self._timeout_s)
         except ObjectLostError as error:  # an argument lay on a node that died: another actor cannot have it either
             raise LostError(f"tensors for {self._role} actors were lost with their node") from error
+        except RayActorError as error:
+            # An argument that a dead actor was to return raises that actor's death here: ours is alive.
+            if error.actor_id is not None and error.actor_id != actor._actor_id.hex():
+                raise LostError(f"tensors for {self._role} actors were lost with the actor that made them") from error
+            raise
 
     async def _replace(self, index: int, dead: Any, error: BaseException) -> None:
         async with self._locks[index]:
