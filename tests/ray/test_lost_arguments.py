@@ -12,18 +12,16 @@ from raydistill.errors import LostError
 pytestmark = pytest.mark.ray
 
 
-class Maker:
-    def make(self) -> int:
-        time.sleep(600)
-        return 0
-
-
-class Echo:
-    def echo(self, value: int) -> int:
-        return value
-
-
 def test_a_dead_maker_is_told_apart_from_a_dead_worker(ray_cluster: Any) -> None:
+    class Maker:  # defined here: a worker process cannot import a test module
+        def make(self) -> int:
+            time.sleep(600)
+            return 0
+
+    class Echo:
+        def echo(self, value: int) -> int:
+            return value
+
     created: list[int] = []
 
     def create(index: int) -> Any:
