@@ -271,8 +271,8 @@ class Job:
         import numpy as np
         from safetensors.numpy import load_file
 
-        from raydistill.checkpoint import WEIGHTS, checkpoint_folder
-        from raydistill.ledger import ledger_problems
+        from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
+        from raydistill.recovery.ledger import ledger_problems
 
         problems = ledger_problems(folder, range(self._num_steps), SEQUENCES)
         found = {"ledger": "; ".join(problems) or "complete"}

@@ -18,14 +18,14 @@ from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_re
 from raydistill.driver_records import DriverRecords
 from raydistill.errors import RunStopped
 from raydistill.inputs import RunInputs
-from raydistill.keeper import CheckpointKeeper
 from raydistill.loop import DistillationLoop, LoopSummary
 from raydistill.messages import Samples, Scored
 from raydistill.models import StudentSpec
 from raydistill.progress import spinner
 from raydistill.ray_metrics import RayMetrics
+from raydistill.recovery.keeper import CheckpointKeeper
+from raydistill.recovery.resume import ResumePoint
 from raydistill.results.record import RunRecord
-from raydistill.resume import ResumePoint
 from raydistill.roles import Pools, Roles, Sampled
 from raydistill.trainer.group import GIVE_UP_S, TrainerGroup
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
 from raydistill.ray_metrics import RayMetrics
+from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.results.record import RunRecord
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from raydistill.checks import ModelFacts, check_models
 from raydistill.config import Config
 from raydistill.config.load import require_inputs
 from raydistill.data.dataset import Dataset, load_dataset
 from raydistill.errors import DataError
 from raydistill.messages import TokenRows
+from raydistill.preflight.checks import ModelFacts, check_models
 from raydistill.worlds import resolve_world
 
 if TYPE_CHECKING:

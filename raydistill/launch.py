@@ -23,8 +23,8 @@ from raydistill.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from raydistill.attempt import Attempt
+    from raydistill.recovery.resume import ResumePoint
     from raydistill.results.record import RunRecord
-    from raydistill.resume import ResumePoint
 
 __all__ = ["Pools", "RunSummary", "make_pools", "run", "start_cluster"]
 MAX_FAILURES = 3  # of the trainer group without a new checkpoint in between: its cause will not go away
@@ -113,10 +113,10 @@ class Launch:
         import ray
 
         from raydistill.inputs import load_inputs
-        from raydistill.placement import check_placement, placement_plan
+        from raydistill.preflight.placement import check_placement
+        from raydistill.preflight.storage import check_writable
+        from raydistill.recovery.resume import find_checkpoint, locked, run_folder
         from raydistill.results.recorded import recorded
-        from raydistill.resume import find_checkpoint, locked, run_folder
-        from raydistill.storage import check_writable
 
         start = time.time()
         check_writable(self._config)
@@ -124,7 +124,7 @@ class Launch:
         config = self._config = inputs.config
         self._folder = run_folder(config, inputs.data.fingerprint)
         start_cluster(config)
-        check_placement(placement_plan(config), ray.cluster_resources(), config.cluster.by_role)
+        check_placement(config, ray.cluster_resources())
         self._seconds["checks"] = time.time() - start
         with locked(self._folder):
             point = find_checkpoint(self._folder)
@@ -133,14 +133,14 @@ class Launch:
                 recorded(self._folder, config, self._console, inputs.data.fingerprint, point.version) as record,
                 stop_on_signals(self._stop, self._console),
             ):
-                return await self._train(record)
+                return await self._train(record, point)
 
-    async def _train(self, record: RunRecord) -> RunSummary:
+    async def _train(self, record: RunRecord, point: ResumePoint) -> RunSummary:
         """Attempt after attempt, until one ends; an attempt that gets no further than the one before it is the last."""
         from raydistill.attempt import Attempt
-        from raydistill.keeper import CheckpointKeeper
+        from raydistill.recovery.keeper import CheckpointKeeper
+        from raydistill.recovery.resume import find_checkpoint
         from raydistill.results.record_lines import evaluations_of
-        from raydistill.resume import find_checkpoint
 
         config = self._config
         if self._pools is None:
@@ -152,7 +152,6 @@ class Launch:
         number, failures = 0, 0
         try:
             while True:
-                point = find_checkpoint(self._folder)
                 self._go_on_at(point, record)
                 keeper.restore(evaluations_of(self._folder))
                 self._attempt = Attempt(self._inputs, self._pools, record, keeper, point, number)
@@ -161,7 +160,8 @@ class Launch:
                     return await self._export(record, self._pools.evaluator, keeper, summary)
                 except LostError as error:
                     number += 1
-                    failures = failures + 1 if find_checkpoint(self._folder).version == point.version else 1
+                    got_to, point = point.version, find_checkpoint(self._folder)
+                    failures = failures + 1 if point.version == got_to else 1
                     if failures >= MAX_FAILURES:
                         raise RunError(f"{error}; it failed {failures} times without getting further") from error
                     text = f"{error}; going on from the last checkpoint"
@@ -190,7 +190,7 @@ class Launch:
 
     async def _export(self, record: Any, evaluator: Any, keeper: Any, outcome: Any) -> RunSummary:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
-        from raydistill.checkpoint import read_description
+        from raydistill.recovery.checkpoint import read_description
         from raydistill.results.plots import plot_spans, plot_training
         from raydistill.results.record import read_record, read_spans
         from raydistill.results.record_lines import evaluations_of

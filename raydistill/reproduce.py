@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.results.record_lines import evaluations_of, read_record
+from raydistill.results.record_lines import evaluations_of, read_record, require_start
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -47,7 +47,7 @@ class Difference:
 def reproduce_command(argv: Sequence[str]) -> int:
     """The verb `reproduce`."""
     arguments = _parser().parse_args(list(argv))
-    start = read_start(arguments.run)
+    start = require_start(arguments.run)
     config = again(start, arguments.run)
     from raydistill.launch import run
     from raydistill.results.provenance import collect
@@ -72,14 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the differences as JSON on stdout")
     return parser
-
-
-def read_start(run: Path) -> Mapping[str, Any]:
-    """The start line of a run's record."""
-    start = next((line for line in read_record(run) if line["kind"] == "start"), None)
-    if start is None:
-        raise UserError(f"{run} holds no run's record; give the folder of a run (outputs/runs/NAME)")
-    return start
 
 
 def again(start: Mapping[str, Any], run: Path) -> Config:
@@ -124,7 +116,7 @@ def result_differences(recorded: Path, now: Path) -> tuple[list[Difference], flo
         found.append(
             Difference(what=f"loss, from step {first}", recorded=f"{before[first]:.9g}", now=f"{after[first]:.9g}")
         )
-    fingerprints = [read_start(run).get("data_fingerprint") for run in (recorded, now)]
+    fingerprints = [require_start(run).get("data_fingerprint") for run in (recorded, now)]
     pairs = {"data fingerprint": fingerprints} | _metric_pairs(recorded, now)
     found += _differences({k: str(a) for k, (a, _) in pairs.items()}, {k: str(b) for k, (_, b) in pairs.items()})
     return found, largest

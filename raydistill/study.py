@@ -61,9 +61,10 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what summary.json holds."""
+        from raydistill.progress import spinner
         from raydistill.worlds import build_world, with_world
 
-        with self._stage("start"):
+        with self._stage("start"), spinner(self._console, "starting Ray and the actors"):
             pools = self._start()
         try:
             with self._stage("teacher"):
@@ -84,13 +85,13 @@ class Study:
         import ray
 
         from raydistill.launch import make_pools, start_cluster
-        from raydistill.placement import check_placement, placement_plan
+        from raydistill.preflight.placement import check_placement
 
         with ThreadPoolExecutor(max_workers=1) as threads:
             imports = threads.submit(import_module, "raydistill.actors.pools")  # as slow as Ray's start: side by side
             start_cluster(self._config)
             imports.result()
-        check_placement(placement_plan(self._config), ray.cluster_resources())
+        check_placement(self._config, ray.cluster_resources())
         pools = make_pools(self._config)
         if pools.rollouts is not None:
             pools.rollouts.prepare()
@@ -130,8 +131,8 @@ class Study:
         return folders, config.model_copy(update={"quant": config.quant.model_copy(update=grid)})
 
     def _validation_examples(self, config: Config, validation: Path) -> Any:
-        from raydistill.checks import check_models
         from raydistill.evaluate.rows import encode_held_out, rows_of_file
+        from raydistill.preflight.checks import check_models
 
         facts = check_models(config)
         rows = rows_of_file(validation, config.study.grid_rows)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from raydistill.checkpoint import load_checkpoint
 from raydistill.config import ObjectiveSection
 from raydistill.evaluate.generate import match_answers
 from raydistill.evaluate.held_out import score_targets
@@ -21,6 +20,7 @@ from raydistill.messages import EvalReport, Samples, Scored, Span, StudentWeight
 from raydistill.models import StudentSpec, build_student, default_device
 from raydistill.quant.export import export_live
 from raydistill.quant.student import load_adapter_state
+from raydistill.recovery.checkpoint import load_checkpoint
 from raydistill.tensors import CompletionModel
 
 EVAL_BATCH = 64  # sequences of one forward pass

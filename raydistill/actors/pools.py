@@ -14,17 +14,17 @@ from typing import Any
 import ray
 
 from raydistill.actors.engine import SamplingSettings
-from raydistill.actors.environment import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from raydistill.actors.evaluator import EvaluatorActor
 from raydistill.actors.pool import ActorPool
 from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.actors.teacher import TeacherActor
+from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from raydistill.config import Config, EvaluationSection, ObjectiveSection, RolloutSection, TeacherSection
 from raydistill.data.collate import split_by_tokens
 from raydistill.errors import StaleWeightsError
 from raydistill.messages import EvalReport, LoadReport, PromptBatch, Samples, StageReport, TokenRows
 from raydistill.models import StudentSpec
-from raydistill.placement import ROLE_SHARE
+from raydistill.preflight.placement import ROLE_SHARE
 from raydistill.roles import Handle, Sampled
 
 MAX_NAMESAKES = 100

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from raydistill.actors.engine import Completion, SamplingSettings
+from raydistill.actors.vllm_settings import allocated_rank
 from raydistill.config import RolloutSection
 from raydistill.messages import FinishReason, StudentWeights, TokenRows
 from raydistill.models import DTYPES, StudentSpec
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM allocates; smaller adapters are padded up
 BLOCK_SIZE = 32  # CPU attention wants a multiple of 32
 
 
@@ -41,13 +41,12 @@ class VllmEngine:
         self._version: int | None = None
         options: dict[str, Any] = {}
         if spec.adapter.mode == "served":
-            rank = next((r for r in LORA_RANKS if r >= spec.adapter.rank), spec.adapter.rank)
             # lm_head stays out: LoRA on it together with prompt_logprobs kills the engine (vLLM 0.32).
             options = {
                 "enable_lora": True,
                 "max_loras": 1,
                 "max_cpu_loras": 1,
-                "max_lora_rank": rank,
+                "max_lora_rank": allocated_rank(spec.adapter.rank),
                 "lora_target_modules": list(spec.adapter.targets),
                 "lora_dtype": DTYPES[spec.student.dtype],
             }

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from raydistill.config import DataSection, EvaluationSection
 from raydistill.errors import ModelError, UserError
-from raydistill.results.record_lines import RECORD_FILE, read_record
+from raydistill.results.record_lines import RECORD_FILE, start_of
 from raydistill.results.tables import Role
 
 EXPORT_FOLDER = "export"
@@ -94,7 +93,7 @@ def _check_model(path: Path, folder: Path) -> None:
 
 
 def _read_defaults(run: Path) -> RunDefaults | None:
-    start: dict[str, Any] | None = next((line for line in read_record(run) if line["kind"] == "start"), None)
+    start = start_of(run)
     if start is None:
         return None
     config = start["config"]

@@ -16,6 +16,9 @@ ScaleDtype = Literal["float16", "bfloat16", "float32"]
 Layout = Literal["packed", "compressed-tensors", "dequantized"]
 """How an exported folder stores the weights: our dense codes, what vLLM and transformers read, or plain tensors."""
 
+MANIFEST = "raydistill.json"
+"""The file of an exported folder that says what its weights are."""
+
 BITS: dict[str, Bits] = {"int4": 4, "int3": 3, "int2": 2}
 SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "searched")
 LAYOUTS: tuple[Layout, ...] = ("packed", "compressed-tensors", "dequantized")

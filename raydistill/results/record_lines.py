@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from raydistill.errors import UserError
 from raydistill.messages import Span
 
 RECORD_FILE = "record.jsonl"
@@ -27,6 +29,22 @@ def read_record(folder: Path) -> Iterator[Line]:
         for raw in file:
             if raw.endswith(b"\n") and raw.strip():
                 yield decode_line(raw)
+
+
+def start_of(folder: Path) -> Line | None:
+    """The start line of a run's record (name, settings, provenance, seed, data fingerprint); None where there is none."""
+    return next((line for line in read_record(folder) if line["kind"] == "start"), None)
+
+
+def require_start(folder: Path) -> Line:
+    """The same; UserError, with the name that comes near, if `folder` is no run's."""
+    start = start_of(folder)
+    if start is None:
+        siblings = [path.name for path in folder.absolute().parent.glob("*") if path.name != folder.name]
+        near = get_close_matches(folder.name, siblings, n=1)
+        hint = f"did you mean {folder.parent / near[0]}?" if near else "give the folder of a run (outputs/runs/NAME)"
+        raise UserError(f"{folder} holds no run's record; {hint}")
+    return start
 
 
 def decode_line(raw: bytes) -> Line:

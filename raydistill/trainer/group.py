@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raydistill.config import Config
 from raydistill.errors import LostError, RunError, RunStopped
 from raydistill.messages import StepOutcome, TokenRows
-from raydistill.placement import ROLE_SHARE
+from raydistill.preflight.placement import ROLE_SHARE
 from raydistill.processes import Member, actors_of_this_job, end_process
 from raydistill.trainer.worker import TrainerJob, train
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from raydistill.checkpoint import commit_checkpoint, partial_folder, read_description, writing
-from raydistill.ledger import Ledger
 from raydistill.messages import StudentWeights
+from raydistill.recovery.checkpoint import commit_checkpoint, partial_folder, read_description, writing
+from raydistill.recovery.ledger import Ledger
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 
 OPTIMIZER = "optimizer"

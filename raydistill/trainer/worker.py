@@ -16,10 +16,8 @@ import numpy as np
 import ray
 import torch
 
-from raydistill.checkpoint import read_description, version_of
 from raydistill.config import Config
 from raydistill.errors import RunError, UserError
-from raydistill.ledger import Ledger
 from raydistill.losses.objective import Objective
 from raydistill.merge import split_scored
 from raydistill.messages import (
@@ -36,6 +34,8 @@ from raydistill.models import StudentSpec, build_student
 from raydistill.processes import this_process
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
+from raydistill.recovery.checkpoint import read_description, version_of
+from raydistill.recovery.ledger import Ledger
 from raydistill.tensors import CompletionModel, score_rows
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 from raydistill.trainer.save import load_rank, save_rank

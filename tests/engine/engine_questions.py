@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from raydistill.actors.engine import Completion, SamplingSettings
-from raydistill.actors.pools import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
+from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from raydistill.messages import StudentWeights, TokenRows
 from raydistill.models import StudentSpec
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raydistill.chat import chat_command, served_models
 from raydistill.config import AdapterSection, QuantSection, StudentSection
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live
 from raydistill.quant.layouts import write_layout
 from raydistill.quant.student import adapter_state, load_adapter_state
+from raydistill.serving.chat import chat_command, served_models
 
 pytestmark = pytest.mark.engine
 

@@ -13,9 +13,9 @@ import ray
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from raydistill.checkpoint import WEIGHTS, checkpoint_folder
 from raydistill.config import Config
 from raydistill.launch import RunSummary
+from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
 from raydistill.results.record import read_record
 
 QUIET = Console(quiet=True)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, ray_process, serial_config
 
-from raydistill.checkpoint import checkpoint_folder
 from raydistill.config import Config
 from raydistill.errors import RunError, RunStopped
 from raydistill.launch import Pools, RunSummary, make_pools, run
-from raydistill.ledger import ledger_problems, read_ledger
+from raydistill.recovery.checkpoint import checkpoint_folder
+from raydistill.recovery.ledger import ledger_problems, read_ledger
 
 pytestmark = pytest.mark.ray
 

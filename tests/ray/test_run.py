@@ -24,11 +24,11 @@ from run_helpers import (
     serial_config,
 )
 
-from raydistill.checkpoint import checkpoint_folder, read_description
 from raydistill.config import Config
 from raydistill.errors import ResourceError, RunError
 from raydistill.launch import Pools, RunSummary, make_pools, run
 from raydistill.messages import EvalReport, LoadReport, StageReport, StepOutcome
+from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.results.record import read_record, read_spans
 
 pytestmark = pytest.mark.ray
@@ -132,10 +132,10 @@ def test_trainer_engine_and_export_have_the_same_codes(overlapped: Any) -> None:
 
 def test_distillation_lowers_the_kl_and_the_export_keeps_it(overlapped: Any, tiny_world: Any) -> None:
     """The exported folder alone gives the KL and perplexity that the run measured on its live student."""
-    from raydistill.checks import check_models
     from raydistill.data.dataset import load_dataset
     from raydistill.evaluate.held_out import answer_held_out, score_answers
     from raydistill.models import load_causal_lm
+    from raydistill.preflight.checks import check_models
     from raydistill.quant.export import load_exported
     from raydistill.tensors import CompletionModel
 

@@ -31,8 +31,16 @@ MAY_IMPORT_ONLY = {
         "raydistill.health",
     ),
     "raydistill.losses": ("raydistill.errors",),
+    "raydistill.recovery": (
+        *CONFIG,
+        "raydistill.errors",
+        "raydistill.messages",
+        "raydistill.quant.hashing",
+        "raydistill.results",
+        "raydistill.cli",
+    ),
     "raydistill.quant": ("raydistill.errors",),
-    "raydistill.estimates": (),  # functions of numbers
+    "raydistill.preflight.estimates": (),  # functions of numbers
 }
 
 # Rooms that must not know each other, whatever else they import.
@@ -49,7 +57,7 @@ ENTRY_POINTS = (
     "raydistill.train",
     "raydistill.__main__",
     "raydistill.study",
-    "raydistill.doctor",
+    "raydistill.preflight.doctor",
     "raydistill.reproduce",
     "tune",
 )
@@ -68,7 +76,7 @@ LIBRARY_HOMES = {
     "ray.tune": ("tune",),
     "mlflow": ("raydistill.results",),
     "compressed_tensors": ("raydistill.quant",),
-    "huggingface_hub": ("raydistill.export",),
+    "huggingface_hub": ("raydistill.serving.export",),
 }
 
 # Rooms whose libraries are listed in full (besides the standard library).
@@ -90,7 +98,12 @@ MUST_NOT_USE = {
 # Entry points answer `--help` and a bad config at once: heavy imports stand inside functions, after parsing.
 LIGHT_AT_START = (
     *("raydistill", "raydistill.train", "raydistill.__main__"),
-    *("raydistill.export", "raydistill.serve", "raydistill.chat", "raydistill.model_card"),
+    *(
+        "raydistill.serving.export",
+        "raydistill.serving.serve",
+        "raydistill.serving.chat",
+        "raydistill.serving.model_card",
+    ),
 )
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "raydistill.launch")
 

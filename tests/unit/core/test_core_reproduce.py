@@ -9,8 +9,9 @@ import pytest
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.messages import EvalReport, Span
-from raydistill.reproduce import again, provenance_differences, read_start, result_differences
+from raydistill.reproduce import again, provenance_differences, result_differences
 from raydistill.results.record import RunRecord
+from raydistill.results.record_lines import require_start
 
 
 def record(folder: Path, losses: list[float], kl: float = 0.5, data: str = "d1", **config: Any) -> Path:
@@ -60,7 +61,7 @@ def test_the_recorded_settings_run_under_a_new_name(tmp_path: Path) -> None:
     folder = record(
         tmp_path / "out" / "runs" / "first", [0.5], quant={"format": "int2"}, run={"name": "first", "seed": 7}
     )
-    config = again(read_start(folder), folder)
+    config = again(require_start(folder), folder)
     assert (config.run.name, config.run.seed, config.quant.format) == ("first-reproduced", 7, "int2")
     assert config.run.output == tmp_path / "out"
     assert config.run.resume == "never"
@@ -74,4 +75,4 @@ def test_settings_of_another_version_are_refused_with_the_field(tmp_path: Path) 
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run's record"):
-        read_start(tmp_path)
+        require_start(tmp_path)

@@ -22,7 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raydistill.config.load import load_config
 from raydistill.errors import ConfigError
-from raydistill.placement import placement_plan
+from raydistill.preflight.placement import placement_plan
 
 ROOT = Path(__file__).parents[3]
 ROLES = ("rollout", "teacher", "trainer")

@@ -12,21 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from raydistill.chat import chat_command, served_models
-from raydistill.checkpoint import save_checkpoint
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.export import export_command, export_run
-from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import EvalReport, Span, StudentWeights
-from raydistill.model_card import public_name
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live, load_exported
 from raydistill.quant.hashing import hash_codes
 from raydistill.quant.student import adapter_state, load_adapter_state, student_codes
+from raydistill.recovery.checkpoint import save_checkpoint
+from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.results.record import RunRecord
-from raydistill.serve import plan_server, servable_folder, serve_command
+from raydistill.serving.chat import chat_command, served_models
+from raydistill.serving.export import export_command, export_run
+from raydistill.serving.model_card import public_name
+from raydistill.serving.serve import plan_server, servable_folder, serve_command
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -183,7 +183,7 @@ def test_the_folder_is_uploaded_to_a_private_repository(run: Run, tmp_path: Path
     assert calls[0] == ("me/student", {"private": True, "exist_ok": True})
     assert calls[1][1]["folder_path"] == str(tmp_path / "out")
 
-    monkeypatch.setattr("raydistill.export._stored_token", lambda: None)
+    monkeypatch.setattr("raydistill.serving.export._stored_token", lambda: None)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     arguments = [str(run.folder), "--to", str(tmp_path / "other"), "--push-to-hub", "me/student"]
     assert main_with_errors(export_command, arguments) == 2
@@ -251,8 +251,8 @@ def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: P
         environment.update(env)
 
     extra = ["--max-model-len", "64", "--block-size=16"]
-    monkeypatch.setattr("raydistill.serve._is_cpu", lambda: True)
-    monkeypatch.setattr("raydistill.serve._cpu_takes_int4", lambda: True)
+    monkeypatch.setattr("raydistill.serving.serve._is_cpu", lambda: True)
+    monkeypatch.setattr("raydistill.serving.serve._cpu_takes_int4", lambda: True)
     serve_command([str(tmp_path / "int4"), "--port", "8123", "--", *extra], execute)
     text = " ".join(started[0])
     assert f"-m vllm.entrypoints.openai.api_server --model {tmp_path / 'int4'} --host 127.0.0.1 --port 8123" in text
@@ -342,6 +342,6 @@ def test_chat_says_why_there_is_no_server(tmp_path: Path, capsys: Any, monkeypat
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     )
-    monkeypatch.setattr("raydistill.chat.prepare_folder", lambda folder: folder)
+    monkeypatch.setattr("raydistill.serving.chat.prepare_folder", lambda folder: folder)
     assert main_with_errors(chat_command, arguments) == 1
     assert "its last lines:\nerror: " in capsys.readouterr().err

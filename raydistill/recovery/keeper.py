@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from raydistill.checkpoint import PREFIX, checkpoint_folder, remove_checkpoint, version_of
+from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, remove_checkpoint, version_of
 
 BEST = "best.json"
 FALLBACK = "evaluate/perplexity"  # without a teacher

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.checkpoint import PREFIX, version_of
 from raydistill.cli import command_parser, console, print_table
 from raydistill.errors import UserError
-from raydistill.keeper import read_best
+from raydistill.recovery.checkpoint import PREFIX, version_of
+from raydistill.recovery.keeper import read_best
+from raydistill.recovery.resume import is_at_work, last_status
 from raydistill.results.record_lines import read_record
 from raydistill.results.tables import format_bytes
-from raydistill.resume import is_at_work, last_status
 
 SUMMARY = """\
 List the runs of an output folder with what they take on the disk, or prune them.

@@ -17,19 +17,20 @@ from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.config.load import load_config
 from raydistill.errors import ConfigError, UserError
-from raydistill.estimates import Answer, Stage, Step, stage_seconds, step_flops, step_seconds, wire_bytes
-from raydistill.placement import Demand, placement_plan
-from raydistill.results.record_lines import read_record, read_spans
+from raydistill.preflight.estimates import Answer, Stage, Step, stage_seconds, step_flops, step_seconds, wire_bytes
+from raydistill.preflight.placement import Demand, placement_plan
+from raydistill.preflight.sizes import longest, memory, model_size, student_size
+from raydistill.results.record_lines import read_record, read_spans, start_of
 from raydistill.results.tables import format_bytes
 from raydistill.results.timeline import bottleneck
-from raydistill.sizes import longest, memory, model_size, student_size
 from raydistill.worlds import world_folder
 
 SUMMARY = """\
 Show what a config will ask for, and start nothing: actors, memory of each, bytes between them, FLOPs or time of a step.
 
-Every number is an estimate; the formulas stand in raydistill/estimates.py. Data rows are not read: without --prompt-tokens and
---completion-tokens each sequence counts at its longest (data.max_length, rollout.max_new_tokens), and memory always does."""
+Every number is an estimate; the formulas stand in raydistill/preflight/estimates.py. Data rows are not read:
+without --prompt-tokens and --completion-tokens each sequence counts at its longest (data.max_length,
+rollout.max_new_tokens), and memory always does."""
 EXAMPLES = """\
 examples:
   raydistill plan @configs/int4_onpolicy.toml --trainer.num_workers 4 --trainer.sequences_per_step 32
@@ -116,8 +117,8 @@ def make_plan(
     config: Config, speeds: Speeds, prompt_tokens: float | None = None, completion_tokens: float | None = None
 ) -> dict[str, Any]:
     """Everything that `plan` prints, as plain values."""
-    from raydistill.checks import check_models
     from raydistill.models import empty_model
+    from raydistill.preflight.checks import check_models
 
     facts = check_models(config)
     student_model = config.student.model
@@ -220,7 +221,7 @@ def recorded_speeds(folder: Path, config: Config) -> Speeds:
     """Completion tokens per busy second of one actor, over all steps of a run's record; and how that run differed."""
     lines = list(read_record(folder))
     steps = [line["metrics"] for line in lines if line["kind"] == "step"]
-    start = next((line for line in lines if line["kind"] == "start"), None)
+    start = start_of(folder)
     if start is None or not steps:
         raise UserError(f"--like {folder}: no recorded steps there; give the folder of a run, <run.output>/runs/NAME")
     there = start["config"]

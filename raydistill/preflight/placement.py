@@ -44,9 +44,10 @@ def placement_plan(config: Config) -> list[Demand]:
     return plan
 
 
-def check_placement(plan: list[Demand], resources: dict[str, float], by_role: bool = False) -> None:
-    """ResourceError if the plan needs more than the cluster's `resources` (as `ray.cluster_resources()` gives them)."""
-    missing = [d.role for d in plan if d.role in ROLES and d.role not in resources] if by_role else []
+def check_placement(config: Config, resources: dict[str, float]) -> None:
+    """ResourceError if the plan needs more than the cluster's `resources`, as `ray.cluster_resources()` gives them."""
+    plan = placement_plan(config)
+    missing = [d.role for d in plan if d.role in ROLES and d.role not in resources] if config.cluster.by_role else []
     if missing:
         raise ResourceError(
             f"cluster.by_role=true asks for nodes with the resource {missing[0]!r}, and the cluster has none; start one with "

@@ -9,7 +9,7 @@ import pytest
 from raydistill.cli import main_with_errors
 from raydistill.config.load import load_config
 from raydistill.errors import ConfigError
-from raydistill.init import fit_trainer, init_command, split_devices
+from raydistill.preflight.init import fit_trainer, init_command, split_devices
 
 
 def init(world: Any, output: Path, *more: str) -> int:

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.actors.environment import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
+from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT, allocated_rank
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.targets import EXPORT_FOLDER
+from raydistill.quant.formats import MANIFEST
 from raydistill.results.record_lines import RECORD_FILE
 
 HOST, PORT = "127.0.0.1", 8000
-MANIFEST = "raydistill.json"
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
 SUMMARY = """\
 Serve a model's folder at http://127.0.0.1:PORT/v1 with vLLM: an export of raydistill in any layout, a run's folder (its
 export), or any transformers folder. Ends with Ctrl-C.
@@ -145,7 +144,7 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
     options = {"model": str(folder), "host": HOST, "port": str(port), "served-model-name": name}
     if lora is not None:
         options["served-model-name"] = f"{name}-base"  # the student is base and adapter together
-        options |= {"lora-modules": f"{name}={folder / 'adapter'}", "max-lora-rank": str(_lora_rank(lora["rank"]))}
+        options |= {"lora-modules": f"{name}={folder / 'adapter'}", "max-lora-rank": str(allocated_rank(lora["rank"]))}
     environment = {**ENGINE_ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the server has a process of its own for the engine anyway
     if is_cpu:
@@ -167,10 +166,6 @@ def _cpu_dtype(folder: Path, manifest: Mapping[str, Any] | None) -> str:
     if config.get("quantization_config"):
         return "bfloat16"
     return str((manifest or {}).get("dtype") or "auto")
-
-
-def _lora_rank(rank: int) -> int:
-    return next((known for known in LORA_RANKS if known >= rank), rank)
 
 
 def _source_of(export: Path) -> str:

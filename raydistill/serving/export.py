@@ -11,23 +11,22 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill import __version__
-from raydistill.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
-from raydistill.keeper import read_best
 from raydistill.quant.formats import LAYOUTS, Layout, check_layout, default_layout
-from raydistill.results.record_lines import evaluations_of, read_record
+from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
+from raydistill.recovery.keeper import read_best
+from raydistill.results.record_lines import evaluations_of, require_start
 from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
     from raydistill.config import Config
     from raydistill.messages import StudentWeights
-    from raydistill.model_card import CardFacts
+    from raydistill.serving.model_card import CardFacts
 
 SUMMARY = """\
 Write one checkpoint of a run as a folder that stands alone: weights, configuration, tokenizer, generation settings and a
@@ -118,7 +117,7 @@ def export_run(
 ) -> ExportReport:
     """Write the folder; everything that can be refused is refused before a model is loaded. hub: in place of
     huggingface_hub, in tests."""
-    start = _read_start(run)
+    start = require_start(run)
     config = _config_of(start, run)
     if to.exists():
         raise UserError(f"--to {to} exists; choose another folder or remove it")
@@ -129,9 +128,9 @@ def export_run(
     if push_to is not None:
         hub = _hub(hub)
 
-    from raydistill.model_card import model_card
     from raydistill.quant.export import packed_bytes
     from raydistill.quant.layouts import write_layout
+    from raydistill.serving.model_card import model_card
 
     name = run.absolute().name
     building = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -193,7 +192,7 @@ def find_weights(run: Path, wanted: str) -> StudentWeights:
 def _card_facts(
     run: Path, to: Path, start: Mapping[str, Any], config: Config, manifest: Mapping[str, Any], version: int, size: int
 ) -> CardFacts:
-    from raydistill.model_card import CardFacts
+    from raydistill.serving.model_card import CardFacts
 
     is_beside = manifest["lora"] is not None
     return CardFacts(
@@ -239,16 +238,6 @@ def _stored_token() -> str | None:
     from huggingface_hub import get_token
 
     return get_token()
-
-
-def _read_start(run: Path) -> Mapping[str, Any]:
-    start = next((line for line in read_record(run) if line["kind"] == "start"), None)
-    if start is None:
-        siblings = [path.name for path in run.absolute().parent.glob("*")]
-        near = [name for name in get_close_matches(run.name, siblings, n=1) if name != run.name]
-        hint = f"did you mean {run.parent / near[0]}?" if near else "give the folder of a run (outputs/runs/NAME)"
-        raise UserError(f"{run} holds no run's record; {hint}")
-    return start
 
 
 def _config_of(start: Mapping[str, Any], run: Path) -> Config:

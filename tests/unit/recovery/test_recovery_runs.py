@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raydistill.checkpoint import load_checkpoint, partial_folder, save_checkpoint
 from raydistill.cli import main_with_errors
-from raydistill.keeper import CheckpointKeeper
 from raydistill.messages import StudentWeights
+from raydistill.recovery.checkpoint import load_checkpoint, partial_folder, save_checkpoint
+from raydistill.recovery.keeper import CheckpointKeeper
+from raydistill.recovery.resume import locked
+from raydistill.recovery.runs import runs_command
 from raydistill.results.record import RunRecord
-from raydistill.resume import locked
-from raydistill.runs import runs_command
 
 
 def make_run(output: Path, name: str, end: str | None) -> Path:

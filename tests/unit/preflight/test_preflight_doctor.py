@@ -9,9 +9,9 @@ import pytest
 
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
-from raydistill.doctor import doctor_command
 from raydistill.errors import ResourceError
-from raydistill.storage import check_room, check_writable
+from raydistill.preflight.doctor import doctor_command
+from raydistill.preflight.storage import check_room, check_writable
 
 
 def arguments(tiny_world: Any, output: Path, *more: str) -> list[str]:

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, T5Config
 
-from raydistill.checks import check_models
 from raydistill.config import Config
 from raydistill.errors import ConfigError, ModelError, QuantError, UserError
+from raydistill.preflight.checks import check_models
 
 WORDS = ["<pad>", "<end>", "<stop>", "a", "b", "c", "d"]
 MakeFolder = Callable[..., Path]

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from raydistill.ledger import Ledger, ledger_path, ledger_problems, read_ledger
 from raydistill.messages import Samples, TokenRows
+from raydistill.recovery.ledger import Ledger, ledger_path, ledger_problems, read_ledger
 
 
 def samples(step: int, indices: tuple[int, ...]) -> Samples:

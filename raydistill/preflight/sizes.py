@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config
-from raydistill.estimates import (
+from raydistill.preflight.estimates import (
     Answer,
     Batch,
     ModelSize,

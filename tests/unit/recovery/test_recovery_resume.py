@@ -8,8 +8,8 @@ import pytest
 
 from raydistill.config import Config
 from raydistill.errors import UserError
+from raydistill.recovery.resume import LOCK, find_checkpoint, last_status, locked, run_folder
 from raydistill.results.record import RunRecord
-from raydistill.resume import LOCK, find_checkpoint, last_status, locked, run_folder
 
 DATA = "data-1"
 

@@ -118,9 +118,9 @@ def split_devices(num_gpus: int) -> Devices:
 
 def measure_lengths(config: Config) -> Lengths:
     """Lengths that keep all but the longest hundredth of the first rows."""
-    from raydistill.checks import check_models
     from raydistill.data.encode import encode_rows
     from raydistill.data.rows import read_rows
+    from raydistill.preflight.checks import check_models
 
     assert config.data.path is not None
     facts = check_models(config)
@@ -170,7 +170,7 @@ def make_config(
 
 def fit_trainer(tree: dict[str, Any], devices: Devices, gpu_memory_gib: float) -> tuple[int, bool]:
     """(sequences of a micro-batch, gradient checkpointing) of a trainer that fits its share of a device."""
-    from raydistill.plan import Speeds, make_plan
+    from raydistill.preflight.plan import Speeds, make_plan
 
     room = _memory_of(devices, gpu_memory_gib) * HEADROOM
     needed = 0.0

@@ -21,10 +21,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raydistill.checkpoint import newest_checkpoint, read_description, version_of
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.results.record_lines import read_record
+from raydistill.recovery.checkpoint import newest_checkpoint, read_description, version_of
+from raydistill.results.record_lines import read_record, start_of
 
 LOCK = "run.lock"
 MAY_CHANGE = (
@@ -163,7 +163,7 @@ def last_status(folder: Path) -> str | None:
 
 def differences(folder: Path, config: Config, data_fingerprint: str, allowed: tuple[str, ...]) -> list[str]:
     """`field was x, is y` for the data and every setting that differ from the run's record, but for those that may."""
-    start = next(read_record(folder), None)
+    start = start_of(folder)
     if start is None:
         return ["the run has no record"]
     before, now = _flat(start["config"]), _flat(json.loads(config.model_dump_json()))

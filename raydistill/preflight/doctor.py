@@ -16,8 +16,8 @@ from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.config.load import load_config
 from raydistill.errors import RunError, UserError
+from raydistill.preflight.storage import check_room, check_writable
 from raydistill.results.tables import format_bytes
-from raydistill.storage import check_room, check_writable
 
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
@@ -69,7 +69,7 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
     inputs = None
     try:
         from raydistill.inputs import load_inputs
-        from raydistill.plan import Speeds, make_plan, with_world_model
+        from raydistill.preflight.plan import Speeds, make_plan, with_world_model
 
         config = with_world_model(config)
         inputs = load_inputs(config, quiet_console())
@@ -143,9 +143,8 @@ def memory_finding(plan: Mapping[str, Any]) -> Finding:
 
 def placement_findings(config: Config) -> list[Finding]:
     """The placement plan against the cluster, where one answers, else against this machine."""
-    from raydistill.placement import check_placement, placement_plan
+    from raydistill.preflight.placement import check_placement, placement_plan
 
-    plan = placement_plan(config)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         import ray
@@ -153,11 +152,12 @@ def placement_findings(config: Config) -> list[Finding]:
         from raydistill.launch import start_cluster
 
         start_cluster(config)
-        check_placement(plan, ray.cluster_resources(), config.cluster.by_role)
+        check_placement(config, ray.cluster_resources())
         return [Finding(check="placement", status="ok", text=f"fits the cluster at {address}")]
     cpus = config.cluster.num_cpus or os.cpu_count() or 1
-    check_placement(plan, {"CPU": cpus, "GPU": _num_gpus()}, by_role=False)
-    parts = ", ".join(f"{d.role} {d.count} x ({d.num_cpus:g} CPU, {d.num_gpus:g} GPU)" for d in plan)
+    here = config.model_copy(update={"cluster": config.cluster.model_copy(update={"by_role": False})})
+    check_placement(here, {"CPU": cpus, "GPU": _num_gpus()})
+    parts = ", ".join(f"{d.role} {d.count} x ({d.num_cpus:g} CPU, {d.num_gpus:g} GPU)" for d in placement_plan(config))
     return [Finding(check="placement", status="ok", text=f"fits a local cluster of {cpus} CPUs: {parts}")]
 
 

@@ -1,4 +1,9 @@
-"""Environment variables of a vLLM process; set before it starts. Plain data, so that light modules can use it."""
+"""What vLLM has to be told: environment variables, set before its process starts, and the LoRA ranks it allocates.
+
+Plain data, so that light modules can use it.
+"""
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 CPU_ENGINE_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -13,3 +18,8 @@ ENGINE_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def allocated_rank(rank: int) -> int:
+    """The rank vLLM allocates for an adapter of `rank`: the next it knows; smaller adapters are padded up."""
+    return next((known for known in LORA_RANKS if known >= rank), rank)

@@ -23,7 +23,7 @@ from typing import Any
 
 from raydistill.cli import command_parser, console
 from raydistill.errors import RunError, UserError
-from raydistill.serve import HOST, PORT, default_name, prepare_folder, split_extra
+from raydistill.serving.serve import HOST, PORT, default_name, prepare_folder, split_extra
 
 START_TIMEOUT_S = 600.0  # a large model from a cold disk
 ANSWER_TIMEOUT_S = 300.0

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raydistill import checkpoint
-from raydistill.checkpoint import (
+from raydistill.errors import RunError
+from raydistill.messages import StudentWeights
+from raydistill.quant.hashing import hash_tensors
+from raydistill.recovery import checkpoint
+from raydistill.recovery.checkpoint import (
     checkpoint_folder,
     damage,
     load_checkpoint,
@@ -20,10 +23,7 @@ from raydistill.checkpoint import (
     remove_checkpoint,
     save_checkpoint,
 )
-from raydistill.errors import RunError
-from raydistill.keeper import CheckpointKeeper
-from raydistill.messages import StudentWeights
-from raydistill.quant.hashing import hash_tensors
+from raydistill.recovery.keeper import CheckpointKeeper
 
 KL = "evaluate/kl_nats"
 

@@ -6,7 +6,7 @@ import pytest
 
 from raydistill.config import Config
 from raydistill.errors import ResourceError
-from raydistill.placement import check_placement, placement_plan
+from raydistill.preflight.placement import check_placement, placement_plan
 
 
 def config(**changes: Any) -> Config:
@@ -33,12 +33,12 @@ def test_only_roles_with_work_are_booked() -> None:
 
 
 def test_a_plan_that_fits_passes() -> None:
-    check_placement(placement_plan(config()), {"GPU": 6.0, "CPU": 9.0})
+    check_placement(config(), {"GPU": 6.0, "CPU": 9.0})
 
 
 def test_a_cluster_that_is_too_small_is_told_what_the_run_needs_and_what_it_has() -> None:
     with pytest.raises(ResourceError) as error:
-        check_placement(placement_plan(config()), {"GPU": 4.0, "CPU": 64.0})
+        check_placement(config(), {"GPU": 4.0, "CPU": 64.0})
     message = str(error.value)
     assert "needs 6 GPUs" in message
     assert "the cluster has 4" in message
@@ -48,6 +48,6 @@ def test_a_cluster_that_is_too_small_is_told_what_the_run_needs_and_what_it_has(
 
 def test_a_cluster_without_gpus_or_with_few_cores_is_refused() -> None:
     with pytest.raises(ResourceError, match=r"needs 6 GPUs .* but the cluster has 0"):
-        check_placement(placement_plan(config()), {"CPU": 64.0})
+        check_placement(config(), {"CPU": 64.0})
     with pytest.raises(ResourceError, match=r"needs 9 CPUs .* but the cluster has 8"):
-        check_placement(placement_plan(config()), {"GPU": 6.0, "CPU": 8.0})
+        check_placement(config(), {"GPU": 6.0, "CPU": 8.0})

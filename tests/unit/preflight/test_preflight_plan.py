@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from raydistill.__main__ import dispatch
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
-from raydistill.estimates import (
+from raydistill.losses import logsumexp
+from raydistill.messages import Samples, TeacherDense, TeacherTopK, TokenRows
+from raydistill.models import StudentSpec, empty_model
+from raydistill.preflight.estimates import (
     LOSS_CHUNK_LOGITS,
     SEARCH_CANDIDATES,
     SEARCH_ELEMENTS,
@@ -39,13 +42,10 @@ from raydistill.estimates import (
     trainer_memory,
     wire_bytes,
 )
-from raydistill.losses import logsumexp
-from raydistill.messages import Samples, TeacherDense, TeacherTopK, TokenRows
-from raydistill.models import StudentSpec, empty_model
+from raydistill.preflight.sizes import longest, model_size, student_size
 from raydistill.quant import integer
 from raydistill.quant.student import LoraSettings, adapter_state, prepare_student
 from raydistill.results.record import RunRecord
-from raydistill.sizes import longest, model_size, student_size
 from raydistill.tensors import CompletionModel, SequenceBatch
 
 SHAPE: dict[str, Any] = {
