@@ -25,6 +25,7 @@ from raydistill.progress import spinner
 from raydistill.ray_metrics import RayMetrics
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.recovery.resume import ResumePoint
+from raydistill.recovery.sampled import ReplayedRollouts, SampledTokens
 from raydistill.results.record import RunRecord
 from raydistill.roles import Pools, Roles, Sampled
 from raydistill.trainer.group import GIVE_UP_S, TrainerGroup
@@ -127,22 +128,26 @@ class Attempt:
         )
         return Roles(
             prompts=schedule,
-            rollouts=pools.rollouts if config.needs_rollout_pool else None,
+            rollouts=self._rollouts() if config.needs_rollout_pool else None,
             teachers=pools.teachers if config.needs_teacher else None,
             trainer=self._trainer,
             evaluator=pools.evaluator if self._inputs.data.held_out else None,
             records=records,
-            reference_parts=self._reference_parts,
+            reference_parts=self._parts,
         )
 
-    def _reference_parts(self, references: Samples) -> list[Any]:
-        """References for each trainer rank; without a teacher they are wrapped as the trainer expects them."""
+    def _rollouts(self) -> ReplayedRollouts:
+        kept = SampledTokens(self._record.path.parent, self._config)
+        return ReplayedRollouts(self._pools.rollouts, kept, self._parts)
+
+    def _parts(self, known: Samples) -> list[Sampled]:
+        """Known tokens for each trainer rank; without a teacher they are wrapped as the trainer expects them."""
         workers = self._config.trainer.num_workers
         parts = []
         for rank in range(workers):
-            rows = [r for r, index in enumerate(references.indices) if rank_of(index, workers) == rank]
+            rows = [r for r, index in enumerate(known.indices) if rank_of(index, workers) == rank]
             if rows:
-                samples = references.take(rows)
+                samples = known.take(rows)
                 handle = samples if self._config.needs_teacher else ray.put(Scored(samples=samples, target=None))
                 parts.append(Sampled(rank=rank, num_tokens=samples.completions.num_tokens, samples=handle))
         return parts

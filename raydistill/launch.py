@@ -140,15 +140,16 @@ class Launch:
         from raydistill.attempt import Attempt
         from raydistill.recovery.keeper import CheckpointKeeper
         from raydistill.recovery.resume import find_checkpoint
+        from raydistill.recovery.sampled import SampledTokens
         from raydistill.results.record_lines import evaluations_of
 
         config = self._config
         if self._pools is None:
             self._pools = make_pools(config)
         keeping = config.checkpoint
-        keeper = CheckpointKeeper(
-            self._folder / "checkpoints", keeping.keep_last, keeping.keep_best, is_evaluated=config.evaluates
-        )
+        sampled = SampledTokens(self._folder, config)
+        root = self._folder / "checkpoints"
+        keeper = CheckpointKeeper(root, keeping.keep_last, keeping.keep_best, config.evaluates, sampled)
         number, failures = 0, 0
         try:
             while True:
@@ -157,6 +158,7 @@ class Launch:
                 self._attempt = Attempt(self._inputs, self._pools, record, keeper, point, number)
                 try:
                     summary = await self._attempt.run(self._console, self._seconds)
+                    sampled.forget(config.trainer.num_steps)
                     return await self._export(record, self._pools.evaluator, keeper, summary)
                 except LostError as error:
                     number += 1

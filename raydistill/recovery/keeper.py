@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, remove_checkpoint, version_of
+from raydistill.recovery.sampled import SampledTokens
 
 BEST = "best.json"
 FALLBACK = "evaluate/perplexity"  # without a teacher
@@ -24,6 +25,7 @@ def read_best(root: Path) -> int | None:
 class CheckpointKeeper:
     """Keeps the newest `keep_last` versions, the best `keep_best` and those that wait for their evaluation.
 
+    `sampled`: the run's kept tokens; those of steps before the oldest of the newest versions go as well.
     `is_evaluated(version)`: whether an evaluation of this version will come; the trainer may be ahead of it.
     """
 
@@ -33,9 +35,10 @@ class CheckpointKeeper:
         keep_last: int = 1,
         keep_best: int = 1,
         is_evaluated: Callable[[int], bool] = lambda version: True,
+        sampled: SampledTokens | None = None,
         metric: str = "evaluate/kl_nats",
     ) -> None:
-        self._root, self._metric = root, metric
+        self._root, self._sampled, self._metric = root, sampled, metric
         self._keep_last, self._keep_best, self._is_evaluated = keep_last, keep_best, is_evaluated
         self._values: dict[int, float] = {}
 
@@ -70,6 +73,8 @@ class CheckpointKeeper:
         for version in present:
             if version not in kept and (version in self._values or not self._is_evaluated(version)):
                 remove_checkpoint(self.folder(version))
+        if self._sampled is not None and present:
+            self._sampled.forget(min(present[: self._keep_last]))
 
     def _note(self, version: int, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(self._metric, metrics.get(FALLBACK))

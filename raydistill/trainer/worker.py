@@ -36,6 +36,7 @@ from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
 from raydistill.recovery.checkpoint import read_description, version_of
 from raydistill.recovery.ledger import Ledger
+from raydistill.recovery.sampled import SampledTokens
 from raydistill.tensors import CompletionModel, score_rows
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 from raydistill.trainer.save import load_rank, save_rank
@@ -89,6 +90,7 @@ class TrainerRank:
         self._model.eval().check_head("student.model")
         self._engine = DeepSpeedEngine(self._model, config.trainer, config.student.dtype)
         self._recent: dict[int, dict[str, float]] = {}  # what a driver that dies may not have written down yet
+        self._sampled = SampledTokens(job.run_folder, config)
         self._may_be_unrecorded = config.sync.max_staleness + 2
         self._ranks = Ranks(world_size=world_size, sum=self._sum_over_ranks)
         o = config.objective
@@ -161,6 +163,7 @@ class TrainerRank:
         if refs is None:
             return None
         parts = ray.get(refs, timeout=self._config.trainer.timeout_s)
+        self._sampled.keep(step, self._rank, [part.samples for part in parts])
         return split_scored(parts, self._config.trainer.sequences_per_micro_batch)
 
     def _check_staleness(self, micro_batches: list[Scored], version: int) -> None:

@@ -76,6 +76,18 @@ def test_a_lost_rank_and_a_lost_feed_cost_time_only(pools: Pools, make_config: A
     check_same_end(summary, undisturbed)
 
 
+def test_with_staleness_a_lost_rank_trains_on_the_same_tokens_again(pools: Pools, make_config: Any) -> None:
+    """The last checkpoint lies behind steps that were sampled by policies of before it: their tokens are kept."""
+    stale = {"sync": {"max_staleness": 1}}
+    expected = run(config_of(make_config, "stale", **stale), pools, QUIET)
+    config = config_of(make_config, "stale-lost", **stale)
+    killer = after_step(config.run.output / "runs" / "stale-lost", 3, "ray::RayTrainWorker")
+    summary = run(config, pools, QUIET)
+    assert not killer.is_alive()
+    check_same_end(summary, expected)
+    assert not list((summary.folder / "sampled").iterdir())
+
+
 def test_sigterm_checkpoints_and_the_same_command_goes_on_even_if_that_checkpoint_is_damaged(
     pools: Pools, make_config: Any, undisturbed: RunSummary
 ) -> None:
