@@ -11,6 +11,7 @@ from raydistill.config import Config
 from raydistill.config.load import require_inputs
 from raydistill.data.dataset import Dataset, load_dataset
 from raydistill.errors import DataError
+from raydistill.losses.divergence import check_divergence
 from raydistill.messages import TokenRows
 from raydistill.preflight.checks import ModelFacts, check_models
 from raydistill.worlds import resolve_world
@@ -82,6 +83,7 @@ class RunInputs:
 def load_inputs(config: Config, console: Console) -> RunInputs:
     """Make the world if the config names one, check the models, read the data; starts no actor."""
     require_inputs(config)
+    check_divergence(config.objective.divergence)
     config = resolve_world(config, console)
     facts = check_models(config)
     if config.teacher.model is None:

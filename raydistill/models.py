@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
 from raydistill.errors import ModelError
-from raydistill.quant.formats import BITS, WeightFormat
+from raydistill.quant.formats import WeightFormat
 from raydistill.quant.student import LoraSettings, prepare_student, quantizable_modules
 
 transformers_logging.disable_progress_bar()
@@ -43,7 +43,7 @@ class StudentSpec:
 
     @property
     def weight_format(self) -> WeightFormat | None:
-        return weight_format(self.quant)
+        return self.quant.weight_format
 
     @property
     def scaling(self) -> float:
@@ -56,19 +56,6 @@ class StudentSpec:
         if a.mode == "none":
             return None
         return LoraSettings(rank=a.rank, alpha=a.alpha, dropout=a.dropout, targets=a.targets)
-
-
-def weight_format(quant: QuantSection) -> WeightFormat | None:
-    """The quant room's plain format for a config section; None for an unquantized student."""
-    if quant.format == "none":
-        return None
-    return WeightFormat(
-        bits=BITS[quant.format],
-        group_size=None if quant.group_size == "channel" else quant.group_size,
-        symmetric=quant.symmetric,
-        scale=quant.scale,
-        scale_dtype=quant.scale_dtype,
-    )
 
 
 def load_causal_lm(section: StudentSection | TeacherSection, field: str, device: str = "cpu") -> nn.Module:

@@ -49,10 +49,10 @@ class Study:
             raise ConfigError(
                 "world.name is not set; a demo runs on an embedded world: 'stories' or 'question_answers'"
             )
-        if config.quant.format == "none" or config.quant.format not in config.study.ptq_formats:
+        if config.quant.format not in config.study.ptq_formats:
             raise ConfigError(
                 f"study.ptq_formats={list(config.study.ptq_formats)} leaves out quant.format={config.quant.format!r}, which "
-                "the student is compared with; add it"
+                "the student is compared with; add it (the demo compares integer widths), or use `raydistill train`"
             )
         self._config, self._console = config, console
         self._output = config.run.output.absolute()

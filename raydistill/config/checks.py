@@ -42,6 +42,7 @@ def check_objective(objective: ObjectiveSection) -> None:
 def check_quant(quant: QuantSection) -> None:
     if isinstance(quant.group_size, int) and quant.group_size < 1:
         raise ValueError(f"quant.group_size={quant.group_size} is below 1; use a size such as 32, or 'channel'")
+    _ = quant.weight_format  # raises where its fields do not go together
 
 
 def check_adapter(adapter: AdapterSection) -> None:

@@ -21,7 +21,6 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "lambda": ("objective.on_policy_fraction",),
     "lmbda": ("objective.on_policy_fraction",),
     "on_policy": ("objective.on_policy_fraction",),
-    "divergence": ("objective.beta",),
     "kl": ("objective.beta",),
     "lr": ("trainer.learning_rate",),
     "steps": ("trainer.num_steps",),

@@ -23,6 +23,7 @@ from raydistill.config.checks import (
     check_tree,
     check_world,
 )
+from raydistill.quant.formats import FormatName, WeightFormat, named_format
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -112,6 +113,9 @@ class ObjectiveSection(Section):
     beta: Fraction = Field(
         0.5, description="0 = forward KL(teacher||student), 1 = reverse KL(student||teacher), between: generalized JSD"
     )
+    divergence: str = Field(
+        "generalized_jsd", description="the divergence of beta's meaning below, or your own as module:function"
+    )
     scale: Literal["raw", "continuous"] = Field("raw", description="continuous: D/(beta(1-beta)), comparable over beta")
     temperature: float = Field(1.0, gt=0, description="softens both sides of the loss; sampling: rollout.temperature")
     target: Literal["top_k", "dense"] = Field("top_k", description="teacher signal; dense: the whole vocabulary")
@@ -129,7 +133,10 @@ class ObjectiveSection(Section):
 class QuantSection(Section):
     """The weight format that the student is trained in and served in."""
 
-    format: Literal["int4", "int3", "int2", "none"] = Field("int4", description="weight format of the student")
+    format: FormatName | Literal["none"] = Field("int4", description="weight format of the student")
+    codebook: tuple[float, ...] | None = Field(
+        None, description="values of a format of your own (format = 'codebook'), low to high, from -1 to 1"
+    )
     group_size: int | Literal["channel"] = Field(32, description="weights that share one scale, or 'channel'")
     symmetric: bool = Field(False, description="true: grid around 0; false: each group has a zero point")
     scale: Literal["absmax", "searched"] = Field("searched", description="searched: least squared error per group")
@@ -140,6 +147,20 @@ class QuantSection(Section):
     def _check(self) -> QuantSection:
         check_quant(self)
         return self
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """The format as the quant room knows it; None for an unquantized student."""
+        if self.format == "none":
+            return None
+        return named_format(
+            self.format,
+            codebook=self.codebook,
+            group_size=None if self.group_size == "channel" else self.group_size,
+            symmetric=self.symmetric,
+            scale=self.scale,
+            scale_dtype=self.scale_dtype,
+        )
 
 
 class AdapterSection(Section):

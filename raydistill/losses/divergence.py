@@ -8,13 +8,20 @@ mask, no mean, no clamp: a negative value is information (rounding, or a target 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from raydistill.errors import UserError
+
 Scale = Literal["raw", "continuous"]
 SCALES: tuple[str, ...] = get_args(Scale)
+Divergence = Callable[[Tensor, Tensor, float, Scale], Tensor]
+"""(teacher_logprobs_NC, student_logprobs_NC, beta, scale) -> [N] nats; the gradient must reach the student's."""
 
 
 def kl(p_logprobs_NC: Tensor, q_logprobs_NC: Tensor) -> Tensor:
@@ -69,3 +76,43 @@ def _mixture_logprobs(teacher_logprobs_NC: Tensor, student_logprobs_NC: Tensor, 
         teacher_logprobs_NC.masked_fill(is_empty_NC, 0.0) + math.log(beta),
         student_logprobs_NC.masked_fill(is_empty_NC, 0.0) + math.log1p(-beta),
     )
+
+
+DIVERGENCES: dict[str, Divergence] = {"generalized_jsd": generalized_jsd}
+"""What `objective.divergence` may name. One more entry is one more loss, on every kind of teacher target."""
+
+
+def divergence_named(name: str) -> Divergence:
+    """An entry of `DIVERGENCES`, or any importable function as "module:function". UserError says what is missing."""
+    if name in DIVERGENCES:
+        return DIVERGENCES[name]
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        near = get_close_matches(name, DIVERGENCES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(DIVERGENCES)}"
+        raise UserError(f"objective.divergence={name!r} is unknown; {hint}; one of your own is module:function")
+    try:
+        found: Divergence = getattr(import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"objective.divergence={name!r} cannot be imported: {error}; run from the folder that holds {module_name}.py, or "
+            "put it on PYTHONPATH (on a cluster: ray job submit --working-dir)"
+        ) from error
+    return found
+
+
+def check_divergence(name: str) -> None:
+    """UserError unless the divergence answers two small distributions with finite numbers [N] that have a gradient."""
+    divergence = divergence_named(name)
+    teacher_NC = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    logits_NC = torch.tensor([[0.1, 0.2, 0.3], [1.0, 0.0, -1.0]], requires_grad=True)
+    try:
+        value_N = divergence(teacher_NC, logits_NC.log_softmax(-1), 0.5, "raw")
+        (gradient_NC,) = torch.autograd.grad(value_N.sum(), logits_NC)
+    except Exception as error:
+        raise UserError(f"objective.divergence={name!r} fails on a small example: {error!r}") from error
+    if value_N.shape != (2,) or not bool(torch.isfinite(value_N).all() and torch.isfinite(gradient_NC).all()):
+        raise UserError(
+            f"objective.divergence={name!r} answers a small example of 2 tokens with {value_N.detach().tolist()} and the "
+            f"gradient {gradient_NC.tolist()}; it must return one finite number of nats per token, with a finite gradient"
+        )

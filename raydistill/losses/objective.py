@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from raydistill.errors import UserError
-from raydistill.losses.divergence import SCALES, Scale, generalized_jsd
+from raydistill.losses.divergence import SCALES, Scale, divergence_named
 from raydistill.losses.logsumexp import rows_per_chunk, selected_logprobs
 from raydistill.losses.targets import TREATMENTS, DenseTarget, TeacherTarget, Treatment, dense_classes
 
@@ -36,8 +36,11 @@ class TokenLosses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Generalized knowledge distillation (arXiv 2306.13649) plus optional cross-entropy on reference tokens."""
+    """A divergence, by default that of generalized knowledge distillation (arXiv 2306.13649), plus optional cross-entropy
+    on reference tokens."""
 
+    divergence: str = "generalized_jsd"
+    """A name of `DIVERGENCES`, or "module:function"."""
     beta: float = 0.0
     """0 = forward KL(teacher || student), 1 = reverse KL(student || teacher), generalized JSD between."""
     scale: Scale = "raw"
@@ -106,7 +109,7 @@ class Objective:
         """Divergence at temperature T, without the T^2: [N]."""
         if not isinstance(teacher, DenseTarget):
             classes = TREATMENTS[self.treatment](student_logits_NV, teacher, self.temperature)
-            return generalized_jsd(*classes, self.beta, self.scale)
+            return divergence_named(self.divergence)(*classes, self.beta, self.scale)
         # Recomputed in backward chunk by chunk, so the float32 [rows, V] tensors of one chunk only are alive at a time.
         rows = rows_per_chunk(student_logits_NV.shape[1])
         chunks = zip(torch.split(student_logits_NV, rows), torch.split(teacher.logprobs_NV, rows), strict=True)
@@ -118,7 +121,7 @@ class Objective:
 
     def _dense_divergence(self, student_logits_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
         classes = dense_classes(student_logits_NV, teacher_logprobs_NV, self.temperature)
-        return generalized_jsd(*classes, self.beta, self.scale)
+        return divergence_named(self.divergence)(*classes, self.beta, self.scale)
 
 
 def reference_cross_entropy(logits_NV: Tensor, completion_ids_N: Tensor, is_reference_N: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Integer grids: weights to codes and back, and the fake quantizer that a student trains through.
+"""Grids: weights to codes and back, and the fake quantizer that a student trains through.
 
-Convention: codes are signed, -2^(B-1) .. 2^(B-1) - 1, for symmetric and asymmetric formats alike (as compressed-tensors
-stores them), and weight = (code - zero_point) * scale. All arithmetic is float32. Sums over a group are taken pairwise
-in a fixed order, so the same float32 weights give the same codes on every device.
+Convention: codes are signed, -2^(B-1) .. 2^(B-1) - 1, for symmetric and asymmetric formats alike (as compressed-
+tensors stores them), and weight = (code - zero_point) * scale, or codebook[code] * scale. All arithmetic is float32.
+Sums over a group are taken pairwise in a fixed order, so the same float32 weights give the same codes on every
+device.
 
 Shape letters: O out_features, I in_features, G groups in a row, S inputs in a group, N = O * G groups, C scale factors.
 """
@@ -69,7 +70,8 @@ def quantize(weight_OI: Tensor, fmt: WeightFormat, name: str = "weight") -> Quan
 
     Symmetric: scale = absmax / ((2^B - 1) / 2), code = clip(round(w / scale)).
     Asymmetric: scale = (max - min) / (2^B - 1) of the range widened to hold zero, integer zero point, and
-    code = clip(round(w / scale + zero point)). The scale is rounded to the format's scale_dtype first.
+    code = clip(round(w / scale + zero point)). Codebook: scale = absmax, code = the nearest value's place.
+    The scale is rounded to the format's scale_dtype first.
     """
     if weight_OI.ndim != 2:
         raise QuantError(f"layer {name} has a weight of shape {tuple(weight_OI.shape)}; only matrices are quantized.")
@@ -78,7 +80,9 @@ def quantize(weight_OI: Tensor, fmt: WeightFormat, name: str = "weight") -> Quan
     # Groups lie along the last axis: every operation below then runs over contiguous memory.
     groups_SN = weight_OI.detach().float().reshape(-1, size).t().contiguous()
     low_N, high_N = groups_SN.amin(dim=0), groups_SN.amax(dim=0)
-    if fmt.symmetric:
+    if fmt.codebook is not None:
+        span_N = torch.maximum(-low_N, high_N)
+    elif fmt.symmetric:
         span_N = torch.maximum(-low_N, high_N) / ((2**fmt.bits - 1) / 2)
     else:
         low_N = low_N.clamp(max=0)
@@ -90,7 +94,10 @@ def quantize(weight_OI: Tensor, fmt: WeightFormat, name: str = "weight") -> Quan
     scaled_SN = groups_SN / scale_N
     if zero_N is not None:
         scaled_SN += zero_N
-    codes_SN = scaled_SN.clamp_(fmt.code_min, fmt.code_max).round_().to(torch.int8)
+    if fmt.codebook is not None:
+        codes_SN = _nearest(scaled_SN, fmt)
+    else:
+        codes_SN = scaled_SN.clamp_(fmt.code_min, fmt.code_max).round_().to(torch.int8)
     shape_OG = (out_features, in_features // size)
     return QuantizedWeight(
         codes_OI=codes_SN.t().reshape(out_features, in_features),
@@ -102,9 +109,10 @@ def quantize(weight_OI: Tensor, fmt: WeightFormat, name: str = "weight") -> Quan
 
 @torch.no_grad()
 def dequantize(quantized: QuantizedWeight) -> Tensor:
-    """The float32 weight [O, I] that the codes stand for: (code - zero_point) * scale."""
-    shape = quantized.codes_OI.shape
-    groups_OGS = quantized.codes_OI.float().reshape(*quantized.scale_OG.shape, -1)
+    """The float32 weight [O, I] that the codes stand for: (code - zero_point) * scale, or codebook[code] * scale."""
+    shape, fmt = quantized.codes_OI.shape, quantized.fmt
+    values_OI = quantized.codes_OI.float() if fmt.codebook is None else _look_up(quantized.codes_OI, fmt)
+    groups_OGS = values_OI.reshape(*quantized.scale_OG.shape, -1)
     if quantized.zero_point_OG is not None:
         groups_OGS -= quantized.zero_point_OG.float()[:, :, None]
     groups_OGS *= quantized.scale_OG.float()[:, :, None]
@@ -132,6 +140,17 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+def _nearest(scaled: Tensor, fmt: WeightFormat) -> Tensor:
+    """The int8 codes of the codebook's values that lie nearest; the lower of two that are equally near."""
+    values = torch.tensor(fmt.codebook, dtype=torch.float32, device=scaled.device)
+    return (torch.bucketize(scaled, (values[1:] + values[:-1]) / 2) + fmt.code_min).to(torch.int8)
+
+
+def _look_up(codes: Tensor, fmt: WeightFormat) -> Tensor:
+    values = torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)
+    return values[codes.long() - fmt.code_min]
 
 
 def _round_scale(span: Tensor, fmt: WeightFormat) -> Tensor:

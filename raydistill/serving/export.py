@@ -121,7 +121,7 @@ def export_run(
     config = _config_of(start, run)
     if to.exists():
         raise UserError(f"--to {to} exists; choose another folder or remove it")
-    fmt, is_served = _format_of(config), config.adapter.mode == "served"
+    fmt, is_served = config.quant.weight_format, config.adapter.mode == "served"
     layout = layout or default_layout(fmt)
     check_layout(layout, fmt, is_served, merge_adapter)
     weights = find_weights(run, checkpoint)
@@ -200,7 +200,7 @@ def _card_facts(
         run=run.absolute().name,
         teacher=str(config.teacher.model or config.student.model),
         base=str(config.student.model),
-        fmt=_format_of(config),
+        fmt=config.quant.weight_format,
         layout=manifest.get("as", "packed"),
         dtype=manifest["dtype"],
         adapter="merged" if config.adapter.mode == "served" and not is_beside else config.adapter.mode,
@@ -252,12 +252,6 @@ def _config_of(start: Mapping[str, Any], run: Path) -> Config:
             f"the settings in {run}'s record are of another version of raydistill ({error.error_count()} of them do not "
             f"fit); its own export is {run / 'export'}"
         ) from error
-
-
-def _format_of(config: Config) -> Any:
-    from raydistill.models import weight_format
-
-    return weight_format(config.quant)
 
 
 def _packed_export(run: Path, config: Config, weights: StudentWeights, scratch: Path) -> Path:

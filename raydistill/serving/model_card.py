@@ -67,7 +67,7 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
     if is_hub_id(facts.base):
         yield f"base_model: {json.dumps(facts.base)}"
         yield f"base_model_relation: {'adapter' if facts.adapter == 'served' else 'quantized'}"
-    width = [] if facts.fmt is None else [f"int{facts.fmt.bits}"]
+    width = [] if facts.fmt is None else [facts.fmt.family]
     layout = ["compressed-tensors"] if facts.layout == "compressed-tensors" else []
     yield "tags:"
     yield from (f"- {tag}" for tag in ("raydistill", "distillation", *width, *layout))

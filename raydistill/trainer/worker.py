@@ -95,6 +95,7 @@ class TrainerRank:
         self._ranks = Ranks(world_size=world_size, sum=self._sum_over_ranks)
         o = config.objective
         self._objective = Objective(
+            divergence=o.divergence,
             beta=o.beta,
             scale=o.scale,
             temperature=o.temperature,

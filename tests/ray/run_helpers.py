@@ -26,7 +26,7 @@ def serial_config(make_config: Any, name: str, **changes: Any) -> Config:
     trainer = {"num_steps": 3} | changes.pop("trainer", {})
     config: Config = make_config(
         run={"name": name},
-        sync={"max_staleness": 0} | changes.pop("sync", {}),
+        sync={"max_staleness": 0},
         trainer=trainer,
         evaluation={"eval_every": 3},
         objective={"on_policy_fraction": 0.75},

@@ -186,7 +186,10 @@ def test_a_combination_is_not_blamed_while_a_name_is_unknown():
     [
         (["--objective.beta", "1.5"], ["objective.beta=1.5", "from 0 to 1", "0 = forward KL", "1 = reverse KL"]),
         (["--trainer.num_steps", "abc"], ['trainer.num_steps="abc"', "a whole number, at least 1", "default 1000"]),
-        (["--quant.format", "in4"], ['one of "int4", "int3", "int2", "none"', "did you mean `int4`?"]),
+        (
+            ["--quant.format", "in4"],
+            ['one of "int4", "int3", "int2", "nf4", "codebook" or "none"', "did you mean `int4`?"],
+        ),
         (["--trainer.betas", "1,2,3"], ["a list of 2, each a number, at least 0 and below 1"]),
         (["--trainer.learning_rate", "nan"], ["a number, above 0"]),
         (["--data.max_rows", "0"], ["a whole number, at least 1, or none"]),
