@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import LostError, RunError, UserError
+from raydistill.errors import LostError, ResourceError, RunError, UserError
 from raydistill.roles import Pools
 from raydistill.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from raydistill.attempt import Attempt
+    from raydistill.inputs import RunInputs
     from raydistill.recovery.resume import ResumePoint
     from raydistill.results.record import RunRecord
 
@@ -122,6 +123,7 @@ class Launch:
         check_writable(self._config)
         inputs = self._inputs = load_inputs(self._config, self._console)
         config = self._config = inputs.config
+        self._findings = self._examine(inputs)
         self._folder = run_folder(config, inputs.data.fingerprint)
         start_cluster(config)
         check_placement(config, ray.cluster_resources())
@@ -133,7 +135,21 @@ class Launch:
                 recorded(self._folder, config, self._console, inputs.data.fingerprint, point.version) as record,
                 stop_on_signals(self._stop, self._console),
             ):
+                record.table("doctor", self._findings)
                 return await self._train(record, point)
+
+    def _examine(self, inputs: RunInputs) -> list[dict[str, Any]]:
+        """What `raydistill doctor` would say of these inputs: problems end the run, warnings are shown."""
+        from raydistill.preflight.findings import findings_of
+
+        found = findings_of(inputs)
+        problems = [finding.text for finding in found if finding.status == "problem"]
+        if problems:
+            raise ResourceError("\n".join(problems))
+        for finding in found:
+            if finding.status == "warning":
+                self._console.print(f"warning: {finding.text}", style="yellow")
+        return [asdict(finding) for finding in found]
 
     async def _train(self, record: RunRecord, point: ResumePoint) -> RunSummary:
         """Attempt after attempt, until one ends; an attempt that gets no further than the one before it is the last."""

@@ -1,30 +1,30 @@
 """The verb `raydistill doctor`: everything that can be known before a run costs anything, each complaint with a way out.
 
-The cheap checks also run first in every job (`launch` calls `storage`, `inputs`, `placement`). `--parity` also starts one
-rollout engine and compares it with the local student: the noise floor of the policy gap.
+Every job makes the same checks first (`launch` calls `storage`, `findings`, `placement`; its first sync is the parity check).
+`--parity` starts one rollout engine and compares it with the local student: the noise floor of the policy gap.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.config.load import load_config
-from raydistill.errors import RunError, UserError
-from raydistill.preflight.storage import check_room, check_writable
-from raydistill.results.tables import format_bytes
+from raydistill.errors import UserError
+from raydistill.preflight.findings import Finding, findings_of, guarded
+from raydistill.preflight.storage import check_writable
 
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
 
 SUMMARY = """\
-Check a config before it runs: models, vocabularies, EOS and chat template, data, storage, memory, placement; with --parity
-also that the rollout engine computes what the trainer computes. Exit code 2 if there is a problem."""
+Check a config before it runs: models, vocabularies, EOS and chat template, data, storage, memory, ports, placement; with
+--parity also that the rollout engine computes what the trainer computes. Exit code 2 if there is a problem."""
 EXAMPLES = """\
 examples:
   raydistill doctor @configs/demo.toml
@@ -34,16 +34,6 @@ examples:
   raydistill doctor @mine.toml --json
         for scripts: a list of {check, status, text}
 """
-Status = Literal["ok", "warning", "problem"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the report."""
-
-    check: str
-    status: Status
-    text: str
 
 
 def doctor_command(argv: Sequence[str]) -> int:
@@ -65,11 +55,11 @@ def doctor_command(argv: Sequence[str]) -> int:
 
 def examine(config: Config, parity: bool = False) -> list[Finding]:
     """Every check that can be made; one that needs what an earlier one missed is left out."""
-    found = _guarded("storage", lambda: [Finding(check="storage", status="ok", text=check_writable(config))])
+    found = guarded("storage", lambda: [Finding(check="storage", status="ok", text=check_writable(config))])
     inputs = None
     try:
         from raydistill.inputs import load_inputs
-        from raydistill.preflight.plan import Speeds, make_plan, with_world_model
+        from raydistill.preflight.plan import with_world_model
 
         config = with_world_model(config)
         inputs = load_inputs(config, quiet_console())
@@ -77,14 +67,10 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
         found += [Finding(check="models and data", status="problem", text=line) for line in str(error).splitlines()]
     if inputs is not None:
         config = inputs.config
-        found += model_findings(inputs)
-        plan = make_plan(config, Speeds(rates={}))
-        found.append(memory_finding(plan))
-        trainable = plan["student"]["trainable"]
-        found += _guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable))])
-    found += _guarded("placement", lambda: placement_findings(config))
+        found += findings_of(inputs)
+    found += guarded("placement", lambda: placement_findings(config))
     if parity and inputs is not None and config.needs_rollout_pool:
-        found += _guarded("parity", lambda: parity_findings(inputs))
+        found += guarded("parity", lambda: parity_findings(inputs))
     return found
 
 
@@ -92,53 +78,6 @@ def quiet_console() -> Any:
     from rich.console import Console
 
     return Console(quiet=True)
-
-
-def _guarded(check: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
-    """A check's findings, or its error as one."""
-    try:
-        return examine()
-    except (UserError, RunError) as error:
-        return [Finding(check=check, status="problem", text=str(error))]
-
-
-def model_findings(inputs: RunInputs) -> list[Finding]:
-    """What was read: vocabularies, ends, the first row as the models will see it, what the filter left."""
-    facts, data = inputs.facts, inputs.data
-    tokenizer = facts.tokenizer
-    ends = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(list(facts.eos_ids)))
-    wider = facts.student_vocab_size - facts.vocab_size
-    padding = f"; the student has {wider:,} more, which are never sampled" if wider > 0 else ""
-    found = [
-        Finding(check="vocabulary", status="ok", text=f"{facts.vocab_size:,} ids that both models have{padding}"),
-        Finding(check="end of sequence", status="ok", text=f"{ends}; {facts.max_length:,} positions"),
-        Finding(check="data", status="ok", text=data.summary()),
-    ]
-    example = data.train[0]
-    prompt = tokenizer.decode(example.prompt_ids.tolist())
-    text = f"{example.row_id}: {prompt!r} -> {tokenizer.decode(example.reference_ids.tolist())!r}"
-    found.append(Finding(check="template", status="ok", text=text))
-    if example.has_reference and int(example.reference_ids[-1]) not in facts.eos_ids:
-        last = tokenizer.convert_ids_to_tokens([int(example.reference_ids[-1])])[0]
-        text = (
-            f"the first completion ends with {last!r} and not with {ends}; look at the template's end and data.template"
-        )
-        found.append(Finding(check="template", status="warning", text=text))
-    return found
-
-
-def memory_finding(plan: Mapping[str, Any]) -> Finding:
-    """The estimate of `plan` against this machine's memory; GPUs of other machines are not known here."""
-    import psutil
-
-    host: dict[str, int] = {}
-    for part in plan["memory"]:
-        if part["place"] == "host":
-            host[part["role"]] = host.get(part["role"], 0) + part["count"] * part["bytes"]
-    there, needed = psutil.virtual_memory().total, sum(host.values())
-    parts = ", ".join(f"{role} {format_bytes(size)}" for role, size in host.items())
-    text = f"about {format_bytes(needed)} of {format_bytes(there)} host memory if all actors run here ({parts})"
-    return Finding(check="memory", status="warning" if needed > there else "ok", text=text)
 
 
 def placement_findings(config: Config) -> list[Finding]:

@@ -11,6 +11,7 @@ from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError
 from raydistill.preflight.doctor import doctor_command
+from raydistill.preflight.findings import check_ports
 from raydistill.preflight.storage import check_room, check_writable
 
 
@@ -44,7 +45,7 @@ def test_a_config_that_can_run_is_ready(tiny_world: Any, tmp_path: Path, capsys:
     assert "<|im_end|>" in found["end of sequence"][0]["text"]
     assert "####" in found["template"][0]["text"]
     assert "400 training rows" in found["data"][0]["text"]
-    assert found.keys() >= {"storage", "vocabulary", "memory", "disk", "placement"}
+    assert found.keys() >= {"storage", "vocabulary", "memory", "disk", "ports", "placement"}
 
 
 def test_every_problem_is_one_line_with_a_way_out(
@@ -73,3 +74,26 @@ def test_checkpoints_that_do_not_fit_the_disk_are_a_problem(tmp_path: Path) -> N
     assert check_room(config, 1000).startswith("4 checkpoints need about 64 KB")
     with pytest.raises(ResourceError, match=r"checkpoint\.keep_last"):
         check_room(config, 10**15)
+
+
+def test_a_machine_that_cannot_reach_itself_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "reach each other at" in check_ports()
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "203.0.113.7")  # of nobody: reserved for documentation
+    with pytest.raises(ResourceError, match=r"cannot connect to each other at 203\.0\.113\.7 .* firewall"):
+        check_ports()
+
+
+def test_a_job_makes_the_same_checks_before_anything_starts(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from raydistill.config.load import load_config
+    from raydistill.launch import run
+
+    monkeypatch.setattr("raydistill.launch.start_cluster", lambda config: pytest.fail("a problem was not noticed"))
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "203.0.113.7")
+    config = load_config(arguments(tiny_world, tmp_path)).config
+    with pytest.raises(ResourceError, match="cannot connect to each other"):
+        run(config, console=Console(quiet=True))
+    assert not (tmp_path / "runs").exists()
