@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -130,3 +131,35 @@ def test_an_error_that_would_come_again_ends_the_run(pools: Pools, make_config: 
     (folder / "run.lock").touch()
     with pytest.raises(RunError, match=r"step-000000 could not be written"):
         run(config, pools, QUIET)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2.2 MB: two checkpoints of these runs fit, a third does not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
+    pools: Pools, make_config: Any, undisturbed: RunSummary, small_disk: Path, tmp_path: Path
+) -> None:
+    """Version 3 does not fit beside 0 and 2, which are kept; given room, the same command ends as if nothing had been."""
+    config = config_of(make_config, "full", results={"uri": f"sqlite:///{tmp_path}/results.db"})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"output": small_disk})})
+    with pytest.raises(RunError) as full:
+        run(config, pools, QUIET)
+    assert "\n" not in str(full.value)
+    assert "step-000003 could not be written" in str(full.value)
+    left = sorted(path.name for path in (small_disk / "runs" / "full" / "checkpoints").glob("step-*"))
+    assert left == ["step-000000", "step-000002"]
+    subprocess.run(["mount", "-o", "remount,size=32m", small_disk], check=True)
+    summary = run(config, pools, QUIET)
+    assert [line["status"] for line in lines(summary, "end")] == ["finished"]
+    check_same_end(summary, undisturbed)
