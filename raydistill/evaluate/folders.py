@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from raydistill.data.encode import Example
+from raydistill.data.encode import Example, num_known_ids
 from raydistill.errors import ModelError
 from raydistill.evaluate.generate import MatchScore, require_final_numbers, score_exact_match
 from raydistill.evaluate.held_out import HeldOutScore, answer_held_out, score_answers
@@ -56,7 +56,7 @@ def evaluate_folders(
     say = _RowCounter(progress, len(answered), 1 + passes * (1 + len(others)))
     say.begin(f"{first.name}: answering the rows")
     teacher_model = _load(first)
-    answers = answer_held_out(CompletionModel(teacher_model), answered)
+    answers = answer_held_out(CompletionModel(teacher_model), answered, num_ids=num_known_ids(tokenizer))
 
     def measure(target: Target, model: nn.Module) -> SummaryRow:
         say.begin(f"{target.name}: KL to the teacher and perplexity")

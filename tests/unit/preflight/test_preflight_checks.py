@@ -65,14 +65,16 @@ def config(student: Path | str | None, teacher: Path | str | None = None, **chan
 
 def test_models_that_fit_together_pass_and_their_facts_come_back(make_folder: MakeFolder) -> None:
     facts = check_models(config(make_folder(positions=96), make_folder("teacher", positions=128)))
-    assert (facts.vocab_size, facts.eos_ids, facts.max_length) == (16, (1,), 96)
+    assert (facts.vocab_size, facts.eos_ids, facts.max_length) == (len(WORDS), (1,), 96)
 
 
-def test_padded_vocabularies_are_cut_to_the_shorter(make_folder: MakeFolder) -> None:
-    assert check_models(config(make_folder(), make_folder("teacher", vocab_size=24))).vocab_size == 16
+def test_padded_vocabularies_are_cut_to_the_ids_that_mean_something(make_folder: MakeFolder) -> None:
+    facts = check_models(config(make_folder(), make_folder("teacher", vocab_size=24)))
+    assert (facts.vocab_size, facts.student_vocab_size) == (len(WORDS), 16)
+    assert check_models(config(make_folder(), make_folder("short", vocab_size=5))).vocab_size == 5
     # A word that only one tokenizer knows is padding for the other.
     wider = make_folder("wider", words=[*WORDS, "<extra>"])
-    assert check_models(config(make_folder(), wider)).vocab_size == 16
+    assert check_models(config(make_folder(), wider)).vocab_size == len(WORDS)
 
 
 def test_vocabularies_that_differ_are_refused_with_the_first_id(make_folder: MakeFolder) -> None:
