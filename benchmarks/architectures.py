@@ -9,7 +9,7 @@ llama    untied head, grouped-query attention, vocabulary padded beyond the toke
 gemma3   sliding-window and global layers, scaled embeddings, four norms a layer, tied head   int4, a rank killed
 
 1. `raydistill train`, undisturbed: vLLM rollouts, the teacher is the student's own full-precision model, S = 0, float32;
-2. the same again, with `kill -9` in the middle, until it has ended; a killed driver's command is started again;
+2. the same again, with `kill -9` one step after the checkpoint in its middle; a killed driver's command is started again;
 3. `raydistill export` of that run, packed and in the layout other tools read (int4: compressed-tensors, int2: dequantized);
 4. `raydistill evaluate` of the run's own export and of those two folders, in a process of its own.
 
@@ -51,6 +51,7 @@ class Row:
     killed: str
     hit: bool  # the process was there and was killed
     starts: int  # of the command
+    resumed_at: int | None  # the first step that was done again
     ended: bool
     syncs: int
     largest_gap_nats: float
@@ -66,7 +67,8 @@ class Row:
     def is_good(self) -> bool:
         same_kl = all(abs(kl - self.kl_run) <= LARGEST_KL_DIFFERENCE for kl in self.kl_exports.values())
         words = {self.codes, self.losses, self.weights, "equal" if self.ledger == "complete" else self.ledger}
-        return self.hit and self.ended and words == {"equal"} and self.largest_gap_nats < LARGEST_GAP and same_kl
+        is_whole = self.hit and self.ended and self.resumed_at is not None
+        return is_whole and words == {"equal"} and self.largest_gap_nats < LARGEST_GAP and same_kl
 
 
 def main(argv: Sequence[str]) -> int:
@@ -119,6 +121,7 @@ class Chain:
         self._world, self._settings = world, list(settings)
         self._model = write_model(name, world.tokenizer, output / "models" / name)
         self._log = output / f"{name}.log"
+        self._middle = num_steps // 2  # a checkpoint, and the step after which the victim dies: one is done again
 
     def run(self) -> Row:
         """Undisturbed, disturbed, exported, evaluated."""
@@ -167,11 +170,11 @@ class Chain:
             "sync.codes_check_every": 1,
             "evaluation.eval_every": self._num_steps,
             "evaluation.num_cpus": 0.1,
-            "checkpoint.save_every": 2,
+            "checkpoint.save_every": self._middle,
             "cluster.address": self._address,
         }
         arguments = [*command("train", settings=settings), *self._settings]
-        return run_killed(arguments, self._folder(run), self._log, victim, self._num_steps // 2, self._address)
+        return run_killed(arguments, self._folder(run), self._log, victim, self._middle, self._address)
 
     def _row(self, folder: Path, calm: Path, victim: str, outcome: Outcome) -> Row:
         from raydistill.quant.export import read_manifest
@@ -193,6 +196,7 @@ class Chain:
             killed=victim,
             hit=outcome.hit,
             starts=outcome.starts,
+            resumed_at=next((line["step"] for line in lines_of(folder, "resume")), None),
             ended=outcome.ended,
             syncs=len(syncs),
             largest_gap_nats=max(gaps),
