@@ -130,21 +130,23 @@ def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from raydistill.evaluate.folders import evaluate_folders
+    from raydistill.evaluate.folders import evaluate_folders, has_tokenizer
     from raydistill.models import eos_ids
     from raydistill.quant.export_files import model_folder
 
     disable_progress_bar()
     teacher = model_folder(plan.teacher)
+    # As in training, prompts and their ends are the student's, whose template may be another than the teacher's.
+    speaker = next((target.folder for target in plan.targets if has_tokenizer(target.folder)), teacher)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        tokenizer = AutoTokenizer.from_pretrained(speaker)
         config = AutoConfig.from_pretrained(teacher).get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"teacher {teacher} cannot be read as a model with a tokenizer: {reason}") from error
+        raise ModelError(f"{speaker} has no tokenizer that can be read, or {teacher} no model: {reason}") from error
     positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
     section = plan.section or file_section(positions, plan.template)
-    stop_ids = eos_ids(teacher, tokenizer)
+    stop_ids = eos_ids(speaker, tokenizer)
     examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids)
     console.print(summary, style="dim", markup=False, soft_wrap=True)
     return evaluate_folders(

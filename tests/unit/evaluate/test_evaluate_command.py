@@ -176,3 +176,15 @@ def test_rows_of_a_file_are_rendered_as_in_training(make_run, world, tmp_path):
     assert make_plan(_parser().parse_args(arguments)).template == {"enable_thinking": False}
     with pytest.raises(UserError, match=r"thinking was trained with .*true.*, alone with .*false.*one after the other"):
         make_plan(_parser().parse_args([str(folder), str(alone), "--data", str(world.rows)]))
+
+
+def test_prompts_are_those_of_the_student_whatever_the_teachers_template_says(capsys, world, export, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.teacher, teacher)
+    (teacher / "chat_template.jinja").write_text("{{- raise_exception('the teacher speaks otherwise') -}}")
+    table = {}
+    for name, folder in (("own", world.teacher), ("other", teacher)):
+        code, out, err = run(capsys, export, "--teacher", folder, "--data", world.rows, "--rows", 4, "--json")
+        assert code == 0, err
+        table[name] = [row["kl_nats"] for row in json.loads(out)]
+    assert table["own"] == table["other"]
