@@ -45,6 +45,14 @@ def check_models(config: Config) -> ModelFacts:
         _compare_eos(student, tokenizer, teacher, teacher_tokenizer)
         vocab_size = min(vocab_size, teacher_config.get_text_config().vocab_size)
         max_length = min(max_length, _max_length(teacher_config))
+    objective = config.objective
+    covers_all = objective.target == "top_k" and vocab_size <= objective.top_k
+    if config.needs_teacher and covers_all and vocab_size < student_vocab_size:
+        # The teacher's tail would be empty and the student's not: an infinite reverse KL.
+        raise ModelError(
+            f"objective.top_k={objective.top_k} covers all {vocab_size:,} ids that mean something, but the student has "
+            f"{student_vocab_size:,}; use objective.target='dense', or a smaller objective.top_k"
+        )
     if config.data.max_length > max_length:
         raise ModelError(
             f"data.max_length={config.data.max_length} is longer than the model's {max_length} positions; lower it to "
