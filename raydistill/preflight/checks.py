@@ -47,11 +47,12 @@ def check_models(config: Config) -> ModelFacts:
         max_length = min(max_length, _max_length(teacher_config))
     objective = config.objective
     covers_all = objective.target == "top_k" and vocab_size <= objective.top_k
-    if config.needs_teacher and covers_all and vocab_size < student_vocab_size:
-        # The teacher's tail would be empty and the student's not: an infinite reverse KL.
+    if config.needs_teacher and objective.beta == 1 and covers_all and vocab_size < student_vocab_size:
+        # The teacher's tail would be empty and the student's not.
         raise ModelError(
             f"objective.top_k={objective.top_k} covers all {vocab_size:,} ids that mean something, but the student has "
-            f"{student_vocab_size:,}; use objective.target='dense', or a smaller objective.top_k"
+            f"{student_vocab_size:,}, and the reverse KL (objective.beta=1) would be infinite; use objective.target='dense', "
+            "or a smaller objective.top_k"
         )
     if config.data.max_length > max_length:
         raise ModelError(

@@ -58,7 +58,6 @@ def config(student: Path | str | None, teacher: Path | str | None = None, **chan
         "teacher": {"model": None if teacher is None else str(teacher)},
         "data": {"max_length": 64},
         "rollout": {"max_new_tokens": 16},
-        "objective": {"target": "dense"},
         "quant": {"group_size": 16},
     }
     return Config.model_validate(base | changes)
@@ -78,15 +77,16 @@ def test_padded_vocabularies_are_cut_to_the_ids_that_mean_something(make_folder:
     assert check_models(config(make_folder(), wider)).vocab_size == len(WORDS)
 
 
-def test_candidates_that_leave_only_padding_in_the_tail_are_refused(make_folder: MakeFolder) -> None:
-    def with_top_k(top_k: int) -> Config:
-        return config(make_folder(), objective={"target": "top_k", "top_k": top_k})
+def test_candidates_that_leave_only_padding_in_the_tail_give_no_reverse_kl(make_folder: MakeFolder) -> None:
+    def with_top_k(top_k: int, beta: float = 1.0) -> Config:
+        return config(make_folder(), objective={"target": "top_k", "top_k": top_k, "beta": beta})
 
     for top_k in (7, 10, 64):
         with pytest.raises(ModelError, match=rf"top_k={top_k} covers all 7 ids .* the student has 16; use .*'dense'"):
             check_models(with_top_k(top_k))
     check_models(with_top_k(6))
-    check_models(config(make_folder(), objective={"target": "dense"}))
+    check_models(with_top_k(64, beta=0.5))
+    check_models(config(make_folder(), objective={"target": "dense", "beta": 1.0}))
 
 
 def test_vocabularies_that_differ_are_refused_with_the_first_id(make_folder: MakeFolder) -> None:
