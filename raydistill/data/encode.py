@@ -156,7 +156,7 @@ class _Encoder:
                     "with their thinking, or set a variable of the template that turns it off, such as "
                     "data.template.enable_thinking=false"
                 )
-        elif full not in (f"{before}{text}{end_of_turn}" for text in (content, row.reference.content)):
+        elif full not in (before + content + end_of_turn, before + row.reference.content + end_of_turn):
             raise _RefusedError(
                 f"the completion does not follow its prompt, which ends with {prompt[-40:]!r}: the chat template writes it "
                 "in another way there. A completion with a thinking block needs data.template.enable_thinking=true"
@@ -200,10 +200,11 @@ class _Encoder:
         """DataError, unless such rows are left out."""
         if self._section.on_bad_row == "skip":
             return
-        roles = [m.role for m in row.messages]
-        hint = "; a system text that a model has no role for goes into the first user message" * ("system" in roles)
+        roles, text = [m.role for m in row.messages], str(reason).rstrip(".")
+        is_system = "system" in roles and "system" in text.lower()
+        hint = "; a system text that a model has no role for goes into the first user message" if is_system else ""
         raise DataError(
-            f"row {row.row_id}: the model's chat template does not fit it: {str(reason).rstrip('.')}. Correct the row "
+            f"row {row.row_id}: the model's chat template does not fit it: {text}. Correct the row "
             f"(roles {', '.join(roles)}{hint}), or skip such rows with data.on_bad_row='skip'"
         ) from reason
 
