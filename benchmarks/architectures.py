@@ -10,13 +10,13 @@ gemma3   sliding-window and global layers, scaled embeddings, four norms a layer
 
 1. `raydistill train`, undisturbed: vLLM rollouts, the teacher is the student's own full-precision model, S = 0, float32;
 2. the same again, with `kill -9` one step after the checkpoint in its middle; a killed driver's command is started again;
-3. `raydistill export` of that run, packed and in the layout other tools read (int4: compressed-tensors, int2: dequantized);
-4. `raydistill evaluate` of the run's own export and of those two folders, in a process of its own.
+3. `raydistill export` of its last step: packed, and as other tools read it (int4: compressed-tensors, int2: dequantized);
+4. `raydistill evaluate` of those two folders, in a process of its own.
 
-Prints one row for each architecture; exit code 1 unless the policy gap stays below 1e-5 nats at every sync, trainer, engine
-and exports have the same codes, the ledger is complete, losses and final weights are those of the undisturbed run bit for
-bit, and every exported folder has the KL to the teacher that the run measured (to 1e-3 nats). The rows are also in
-<output>/architectures.json. `--section.field value` changes the runs, for example `--adapter.mode served`.
+Prints one row for each architecture; exit code 1 unless the policy gap stays below 1e-5 nats at every sync; trainer, engine and
+exports have the same codes, and others than at the start; the ledger is complete; losses and final weights are those of the
+undisturbed run bit for bit; and both folders have the KL to the teacher that the run measured at its last step, to 1e-3 nats.
+The rows are also in <output>/architectures.json. `--section.field value` changes the runs: `--adapter.mode served`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class Row:
     ended: bool
     syncs: int
     largest_gap_nats: float
-    codes: str  # equal: the same hash in trainer, engine and every export
+    codes: str  # equal: the same hash in trainer, engine and every export, and another one than at the start
     ledger: str
     losses: str
     weights: str
-    kl_run: float
-    kl_exports: dict[str, float]  # by layout; "run" is the run's own export
+    kl_start: float  # to the teacher, before training
+    kl_run: float  # at the last step, as the run measured it
+    kl_exports: dict[str, float]  # by layout
     seconds: float  # of the disturbed run
 
     @property
@@ -104,6 +105,7 @@ def printed(row: Row) -> dict[str, Any]:
     return {
         **asdict(row),
         "largest_gap_nats": f"{row.largest_gap_nats:.1e}",
+        "kl_start": f"{row.kl_start:.5f}",
         "kl_run": f"{row.kl_run:.5f}",
         "kl_exports": exports,
         "seconds": round(row.seconds),
@@ -164,7 +166,7 @@ class Chain:
             "trainer.num_steps": self._num_steps,
             "trainer.sequences_per_step": SEQUENCES,
             "trainer.sequences_per_micro_batch": 2,
-            "trainer.learning_rate": 2e-3,
+            "trainer.learning_rate": 5e-4,
             "trainer.num_cpus": 0.1,
             "sync.max_staleness": 0,
             "sync.codes_check_every": 1,
@@ -178,13 +180,10 @@ class Chain:
 
     def _row(self, folder: Path, calm: Path, victim: str, outcome: Outcome) -> Row:
         from raydistill.quant.export import read_manifest
-        from raydistill.recovery.keeper import read_best
         from raydistill.recovery.ledger import ledger_problems
         from raydistill.results.record_lines import evaluations_of
 
-        best = read_best(folder / "checkpoints")
-        assert best is not None, f"{folder} evaluated nothing"
-        exports = {"run": folder / "export"} | self._export(folder)
+        exports, measured = self._export(folder), evaluations_of(folder)
         syncs = lines_of(folder, "sync")
         gaps = [sync["gap_mean_nats"] for sync in syncs]
         assert None not in gaps and {s["version"] for s in syncs} == set(range(self._num_steps + 1)), (
@@ -200,11 +199,12 @@ class Chain:
             ended=outcome.ended,
             syncs=len(syncs),
             largest_gap_nats=max(gaps),
-            codes=_codes(folder, best, [read_manifest(export) for export in exports.values()]),
+            codes=_codes(folder, self._num_steps, [read_manifest(export) for export in exports.values()]),
             ledger="; ".join(ledger_problems(folder, range(self._num_steps), SEQUENCES)) or "complete",
             losses=_losses(folder, calm),
             weights=_weights(folder, calm, self._num_steps),
-            kl_run=evaluations_of(folder)[best]["evaluate/kl_nats"],
+            kl_start=measured[0]["evaluate/kl_nats"],
+            kl_run=measured[self._num_steps]["evaluate/kl_nats"],
             kl_exports=self._evaluate(folder, exports),
             seconds=outcome.seconds,
         )
@@ -215,13 +215,14 @@ class Chain:
         for layout in LAYOUTS[QUANT[self._name]]:
             exports[layout] = self._output / "exports" / f"{self._name}-{layout}"
             exports[layout].parent.mkdir(exist_ok=True)
-            json_of(command("export", folder, "--to", exports[layout], "--as", layout), self._log)
+            arguments = ("--to", exports[layout], "--as", layout, "--checkpoint", "last")
+            json_of(command("export", folder, *arguments), self._log)
         return exports
 
     def _evaluate(self, folder: Path, exports: dict[str, Path]) -> dict[str, float]:
-        """KL to the teacher of each folder, by layout."""
+        """KL to the teacher of each folder, by layout; the run's folder brings teacher, rows and template."""
         targets = [f"{layout}={path}" for layout, path in exports.items()]
-        table = json_of(command("evaluate", *targets), self._log)
+        table = json_of(command("evaluate", folder, *targets), self._log)
         return {row["name"]: row["kl_nats"] for row in table if row["name"] in exports}
 
 
@@ -230,8 +231,10 @@ def _codes(folder: Path, version: int, manifests: Sequence[dict[str, Any]]) -> s
     from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 
     trained = read_description(checkpoint_folder(folder / "checkpoints", version))["codes_hash"]
-    engine = {line["version"]: line["codes_hash"] for line in lines_of(folder, "sync")}[version]
-    found = {trained, engine, *(manifest["codes_hash"] for manifest in manifests)}
+    engine = {line["version"]: line["codes_hash"] for line in lines_of(folder, "sync")}
+    found = {trained, engine[version], *(manifest["codes_hash"] for manifest in manifests)}
+    if engine[0] in found:
+        return "never changed"
     return "equal" if len(found) == 1 and None not in found else f"differ: {sorted(map(str, found))}"
 
 
