@@ -102,8 +102,9 @@ def main(argv: Sequence[str]) -> int:
 def printed(row: Row) -> dict[str, Any]:
     """A row as the table shows it."""
     exports = ", ".join(f"{layout} {kl:.5f}" for layout, kl in row.kl_exports.items())
+    facts = {name: value for name, value in asdict(row).items() if name not in ("hit", "ended")}  # part of "good"
     return {
-        **asdict(row),
+        **facts,
         "largest_gap_nats": f"{row.largest_gap_nats:.1e}",
         "kl_start": f"{row.kl_start:.5f}",
         "kl_run": f"{row.kl_run:.5f}",
