@@ -18,6 +18,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import LostError, ResourceError, RunError, UserError
+from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import Pools
 from raydistill.signals import stop_on_signals
 
@@ -217,7 +218,7 @@ class Launch:
         start, config = time.time(), self._config
         version = keeper.best_version if keeper.best_version is not None else config.trainer.num_steps
         checkpoint, export = keeper.folder(version), self._folder / "export"
-        extra = {"run": self._folder.name, "version": version}
+        extra = {"run": self._folder.name, "version": version, TEMPLATE: config.data.template}
         codes_hash = await evaluator.export_checkpoint(checkpoint, export, extra)
         trained = read_description(checkpoint).get("codes_hash")
         if trained is not None and codes_hash != trained:

@@ -34,6 +34,16 @@ def tiny_model(tiny_world: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
+def architectures(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """name -> folder of a tiny random model of each tested architecture, with the tiny world's tokenizer."""
+    from tiny_models import ARCHITECTURES, write_model
+    from transformers import AutoTokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("models"), AutoTokenizer.from_pretrained(tiny_world.teacher_folder)
+    return {name: write_model(name, tokenizer, folder / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """One local Ray for all tests of the session; more CPUs than the machine has, because the actors hardly use theirs."""
     import ray

@@ -39,7 +39,7 @@ class EngineSpec:
     max_model_len: int
     eos_ids: tuple[int, ...]
     probes: TokenRows
-    sampled_ids: int | None = None  # sample ids below this only: the teacher has no others; None: all
+    sampled_ids: int | None = None  # sample ids below this only: the others are padding; None: all
 
     @property
     def builds(self) -> tuple[object, ...]:

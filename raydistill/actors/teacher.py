@@ -26,7 +26,7 @@ class TeacherActor:
         self._held: TeacherSection | None = None
 
     def start(self, section: TeacherSection, objective: ObjectiveSection, vocab_size: int) -> str:
-        """Load the teacher, unless it is held already. `vocab_size` is the student's: padding rows above it are cut.
+        """Load the teacher, unless it is held already. `vocab_size`: ids that mean something; rows above are padding and cut.
 
         Returns the class name.
         """

@@ -18,6 +18,8 @@ from raydistill.messages import FinishReason, StudentWeights, TokenRows
 from raydistill.models import DTYPES, StudentSpec
 
 BLOCK_SIZE = 32  # CPU attention wants a multiple of 32
+# One processor for the whole batch: allowed_token_ids would send a list as long as the vocabulary with every request.
+SAMPLED_IDS = "raydistill.actors.vllm_worker:SampledIds"
 
 
 class VllmEngine:
@@ -37,12 +39,13 @@ class VllmEngine:
 
         self._spec = spec
         self._eos_ids = list(eos_ids)
-        self._allowed_ids = None if sampled_ids is None else list(range(sampled_ids))
         self._version: int | None = None
         options: dict[str, Any] = {}
+        if sampled_ids is not None:
+            options |= {"logits_processors": [SAMPLED_IDS], "additional_config": {"sampled_ids": sampled_ids}}
         if spec.adapter.mode == "served":
             # lm_head stays out: LoRA on it together with prompt_logprobs kills the engine (vLLM 0.32).
-            options = {
+            options |= {
                 "enable_lora": True,
                 "max_loras": 1,
                 "max_cpu_loras": 1,
@@ -90,7 +93,6 @@ class VllmEngine:
                 min_tokens=settings.min_new_tokens,
                 max_tokens=settings.max_new_tokens,
                 stop_token_ids=self._eos_ids,
-                allowed_token_ids=self._allowed_ids,
                 seed=seed if settings.temperature > 0 else None,
                 detokenize=False,
             )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from raydistill.models import StudentSpec, quantizable_weights
 from raydistill.quant.hashing import hash_codes, hash_tensors
@@ -84,3 +85,24 @@ class StudentWorkerExtension:
         manager.add_adapter(lora)
         manager.activate_adapter(adapter_id)
         self._adapter_id = adapter_id
+
+
+class SampledIds(LogitsProcessor):
+    """Keeps every request from sampling padding: ids from `additional_config["sampled_ids"]` on mean nothing.
+
+    Scores (prompt log-probs) are those of the whole softmax, as in the trainer.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._sampled_ids = int(vllm_config.additional_config["sampled_ids"])
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, V] -> [B, V], in place."""
+        logits[:, self._sampled_ids :] = float("-inf")
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """All requests are alike."""

@@ -101,7 +101,8 @@ class DataSection(Section):
     min_completion: PositiveInt = Field(32, description="keep a row only if at least this many completion tokens fit")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run, or is counted")
     template: dict[str, Scalar] = Field(
-        default_factory=_default_template, description="variables of apply_chat_template"
+        default_factory=_default_template,
+        description="variables of the chat template, in training, evaluation and serving (enable_thinking, date_string)",
     )
 
 

@@ -1,8 +1,12 @@
 """Turns rows into token ids with the model's own chat template.
 
-The prompt is everything up to where the assistant starts to write; the reference is what the assistant wrote, up to
-and including the first stop token, so it ends exactly where a sampled completion would. A tokenizer without a chat
-template gets plain text: the messages joined by line breaks, one line break before the completion, EOS after it.
+The prompt is everything up to where the assistant starts to write its last message, with earlier turns as context; the
+reference is that last message, up to and including the first stop token, so it ends exactly where a sampled completion
+would. A tokenizer without a chat template gets plain text: the messages joined by line breaks, one line break before the
+completion, EOS after it.
+
+A row whose text would not reach the model as it stands is refused: a message that the template leaves out (a role it does
+not know), a completion with a thinking block after a prompt that has closed it, or without one where the prompt opens it.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_CALL = 1024  # bounds the texts held twice (prompt and full) at any time
+THINK_START, THINK_END = "<think>", "</think>"
 PLACEHOLDER = "\u2983completion\u2984"  # rare characters: no template holds them
 # Arguments of apply_chat_template that say what it returns; as template variables they would break the rendering.
 RESERVED_VARIABLES = frozenset(
@@ -30,6 +35,10 @@ RESERVED_VARIABLES = frozenset(
     ["continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"],
     ["return_assistant_tokens_mask"],
 )
+
+
+class _RefusedError(Exception):
+    """Why the chat template cannot express a row."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,14 +69,20 @@ def encode_rows(
 ) -> tuple[Example, ...]:
     """Token ids of each row, in order.
 
-    A row that the chat template refuses (roles out of order, no system message allowed) is an error, or left out with
-    `section.on_bad_row = "skip"`. stop_ids: ids besides EOS at which the model stops.
+    A row that the chat template cannot express (see the module's first lines; roles out of order, no system message
+    allowed) is an error, or left out with `section.on_bad_row = "skip"`. stop_ids: ids besides EOS at which the model stops.
     """
     encoder = _Encoder(tokenizer, section, stop_ids)
     examples: list[Example] = []
     for start in range(0, len(rows), ROWS_PER_CALL):
         examples.extend(encoder.encode(rows[start : start + ROWS_PER_CALL]))
     return tuple(examples)
+
+
+def num_known_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids from 0 that the tokenizer knows. Models round their vocabulary up: rows from there on are padding, which no text
+    holds and no trained model predicts."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def require_references(examples: Sequence[Example]) -> None:
@@ -101,7 +116,11 @@ class _Encoder:
         fulls = iter(self._tokenize([full for _, _, full in rendered if full is not None]))
         examples = []
         for (row, prompt, full), prompt_ids in zip(rendered, prompts, strict=True):
-            reference = [] if full is None else self._reference_ids(row, prompt, full, prompt_ids, next(fulls))
+            try:
+                reference = [] if full is None else self._reference_ids(row, prompt, full, prompt_ids, next(fulls))
+            except _RefusedError as reason:
+                self._refuse(row, reason)
+                continue
             examples.append(Example(row.row_id, np.array(prompt_ids, np.int32), np.array(reference, np.int32)))
         return examples
 
@@ -112,23 +131,37 @@ class _Encoder:
         elif full.startswith(prompt):  # a token reaches over the border: the model continues from the prompt's ids
             ids = self._tokenize([full[len(prompt) :]])[0]
         else:
-            ids = self._tokenize([self._continuation(row)])[0]
+            ids = self._tokenize([self._continuation(row, prompt, full)])[0]
         for place, token in enumerate(ids):
             if token in self._stop_ids:
                 return ids[: place + 1]
         return [*self._without_blank_tail(ids), self._eos_id]
 
-    def _continuation(self, row: Row) -> str:
+    def _continuation(self, row: Row, prompt: str, full: str) -> str:
         """Completion text where the generation prompt holds what the full text does not, such as a thinking block.
 
         The end of the turn is what the template writes after a placeholder in the completion's place.
         """
         assert row.reference is not None
+        content = row.reference.content.strip()
         text = self._render([(*row.prompt, Message("assistant", PLACEHOLDER))], add_generation_prompt=False)[0]
-        _, found, end_of_turn = text.rpartition(PLACEHOLDER)
+        before, found, end_of_turn = text.rpartition(PLACEHOLDER)
         if not found:
-            raise DataError(f"row {row.row_id}: the chat template does not write the assistant's message as it is")
-        return row.reference.content.strip() + end_of_turn
+            raise _RefusedError("the chat template does not write the assistant's message as it is")
+        if prompt.rstrip().endswith(THINK_START):
+            content = content.removeprefix(THINK_START).lstrip("\n")
+            if THINK_END not in content:
+                raise _RefusedError(
+                    f"the prompt ends with an open {THINK_START}, and its completion has no {THINK_END}. Give completions "
+                    "with their thinking, or set a variable of the template that turns it off, such as "
+                    "data.template.enable_thinking=false"
+                )
+        elif full not in (before + content + end_of_turn, before + row.reference.content + end_of_turn):
+            raise _RefusedError(
+                f"the completion does not follow its prompt, which ends with {prompt[-40:]!r}: the chat template writes it "
+                "in another way there. A completion with a thinking block needs data.template.enable_thinking=true"
+            )
+        return content + end_of_turn
 
     def _without_blank_tail(self, ids: list[int]) -> list[int]:
         """Drop white space after a template's last special token; white space of the text itself stays."""
@@ -143,18 +176,37 @@ class _Encoder:
             prompts = self._render([row.prompt for row in rows], add_generation_prompt=True)
             answered = [row.messages for row in rows if row.reference is not None]
             fulls = iter(self._render(answered, add_generation_prompt=False))
-        except TemplateError as error:
+            for row, prompt in zip(rows, prompts, strict=True) if self._is_chat else ():
+                self._check_complete(row, prompt)
+        except (TemplateError, _RefusedError) as error:
             if len(rows) > 1:
                 return [one for row in rows for one in self._render_rows([row])]
-            if self._section.on_bad_row == "skip":
-                return []
-            raise DataError(
-                f"row {rows[0].row_id}: the model's chat template refuses it: {error}. Correct the row (roles "
-                f"{', '.join(m.role for m in rows[0].messages)}), or skip such rows with data.on_bad_row='skip'"
-            ) from error
+            self._refuse(rows[0], error)
+            return []
         return [
             (row, prompt, next(fulls) if row.reference else None) for row, prompt in zip(rows, prompts, strict=True)
         ]
+
+    def _check_complete(self, row: Row, prompt: str) -> None:
+        """Templates pass over roles that they do not know. An assistant's earlier turns may lose their thinking."""
+        for place, message in enumerate(row.prompt):
+            if message.role == "assistant" or message.content.strip() in prompt:
+                continue
+            probe = [*row.prompt[:place], Message(message.role, PLACEHOLDER), *row.prompt[place + 1 :]]
+            if PLACEHOLDER not in self._render([probe], add_generation_prompt=True)[0]:  # else it is there, quoted
+                raise _RefusedError(f"it leaves out messages[{place}], whose role is {message.role!r}")
+
+    def _refuse(self, row: Row, reason: Exception) -> None:
+        """DataError, unless such rows are left out."""
+        if self._section.on_bad_row == "skip":
+            return
+        roles, text = [m.role for m in row.messages], str(reason).rstrip(".")
+        is_system = "system" in roles and "system" in text.lower()
+        hint = "; a system text that a model has no role for goes into the first user message" if is_system else ""
+        raise DataError(
+            f"row {row.row_id}: the model's chat template does not fit it: {text}. Correct the row "
+            f"(roles {', '.join(roles)}{hint}), or skip such rows with data.on_bad_row='skip'"
+        ) from reason
 
     def _render(self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool) -> list[str]:
         if not self._is_chat:

@@ -1,8 +1,10 @@
 """Reads JSONL rows into one shape: a list of chat messages with an id.
 
 Accepted rows: `{"messages": [{"role", "content"}, ...]}`, or a prompt ("prompt" or "question") with or without a
-completion ("completion", "response" or "answer"). A last message of the assistant is the reference completion; a row
-without one can only be used on-policy. A folder of `*.jsonl` files is read in the order of their names.
+completion ("completion", "response" or "answer"). Messages may hold a system prompt and any number of turns: a last message
+of the assistant is the reference completion, everything before it is the prompt. Earlier turns of the assistant are context
+only; to train on each of them, write one row for each. A row whose last message is another's can only be used on-policy. A
+folder of `*.jsonl` files is read in the order of their names.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from raydistill.errors import DataError
 PROMPT_FIELDS = ("prompt", "question")
 COMPLETION_FIELDS = ("completion", "response", "answer")
 SHAPES = '{"messages": [{"role", "content"}, ...]} or {"question" or "prompt", "answer", "completion" or "response"}'
+UNREAD_FIELDS = ("reasoning_content", "reasoning", "tool_calls")
+"""Text of a message that would be lost: templates write it, rows hold role and content only."""
 JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
 
 
@@ -158,6 +162,9 @@ def _chat(value: Any) -> tuple[Message, ...]:
         missing = [name for name in ("role", "content") if name not in item]
         if missing:
             raise _BadRowError(f"messages[{place}] has no '{missing[0]}'")
+        unread = [name for name in UNREAD_FIELDS if item.get(name)]
+        if unread:
+            raise _BadRowError(f"messages[{place}] has '{unread[0]}', which is not read; write its text into 'content'")
         role = _text(item["role"], f"messages[{place}].role")
         messages.append(Message(role, _text(item["content"], f"messages[{place}].content")))
     return tuple(messages)

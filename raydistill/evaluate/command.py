@@ -6,7 +6,7 @@ The table goes to stdout (with `--json` as pure JSON), progress to stderr.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from raydistill.cli import PIPE_WIDTH, command_parser, console, print_table
 from raydistill.config import DataSection
 from raydistill.errors import DataError, ModelError, UserError
 from raydistill.evaluate.rows import HeldOutRows, encode_held_out, file_section, rows_of_file, rows_of_run
-from raydistill.evaluate.targets import RunDefaults, Target, find_targets
+from raydistill.evaluate.targets import RunDefaults, Target, find_targets, template_of
 from raydistill.progress import bar
 from raydistill.results.tables import SummaryRow, comparison_json, comparison_table
 
@@ -32,6 +32,7 @@ Measure finished models against their teacher, each loaded from its folder as it
 
 A TARGET is an exported student, any transformers model folder, or a run's folder (outputs/runs/NAME), whose export is
 measured and whose record says what the teacher and the held-out rows are. name=FOLDER gives it a name in the table.
+Rows are rendered with the chat template's variables that the student was trained with (data.template).
 The teacher's row is measured like any other: its KL is 0 if all is well."""
 EXAMPLES = """\
 examples:
@@ -54,6 +55,7 @@ class Plan:
     teacher: str
     rows: HeldOutRows
     section: DataSection | None  # the run's rules for its rows; None for a file of its own
+    template: Mapping[str, Any] | None  # variables of the chat template for such a file
     exact_match: ExactMatch
     max_new_tokens: int
 
@@ -116,6 +118,7 @@ def make_plan(switches: argparse.Namespace) -> Plan:
         teacher=teacher,
         rows=rows,
         section=section,
+        template=template_of(targets, runs) if section is None else section.template,
         exact_match=switches.exact_match or (evaluation.exact_match if evaluation else "off"),
         max_new_tokens=switches.max_new_tokens or (evaluation.max_new_tokens if evaluation else DEFAULT_NEW_TOKENS),
     )
@@ -127,21 +130,23 @@ def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from raydistill.evaluate.folders import evaluate_folders
+    from raydistill.evaluate.folders import evaluate_folders, has_tokenizer
     from raydistill.models import eos_ids
     from raydistill.quant.export_files import model_folder
 
     disable_progress_bar()
     teacher = model_folder(plan.teacher)
+    # As in training, prompts and their ends are the student's, whose template may be another than the teacher's.
+    speaker = next((target.folder for target in plan.targets if has_tokenizer(target.folder)), teacher)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        tokenizer = AutoTokenizer.from_pretrained(speaker)
         config = AutoConfig.from_pretrained(teacher).get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"teacher {teacher} cannot be read as a model with a tokenizer: {reason}") from error
+        raise ModelError(f"{speaker} has no tokenizer that can be read, or {teacher} no model: {reason}") from error
     positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
-    section = plan.section or file_section(positions)
-    stop_ids = eos_ids(teacher, tokenizer)
+    section = plan.section or file_section(positions, plan.template)
+    stop_ids = eos_ids(speaker, tokenizer)
     examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids)
     console.print(summary, style="dim", markup=False, soft_wrap=True)
     return evaluate_folders(

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from raydistill.data.encode import Example
+from raydistill.data.encode import Example, num_known_ids
 from raydistill.errors import ModelError
 from raydistill.evaluate.generate import MatchScore, require_final_numbers, score_exact_match
 from raydistill.evaluate.held_out import HeldOutScore, answer_held_out, score_answers
@@ -22,7 +22,7 @@ from raydistill.quant.export import MANIFEST, load_exported, packed_bytes, read_
 from raydistill.results.tables import Role, SummaryRow
 from raydistill.tensors import CompletionModel
 
-__all__ = ["ExactMatch", "Progress", "Target", "evaluate_folders"]
+__all__ = ["ExactMatch", "Progress", "Target", "evaluate_folders", "has_tokenizer"]
 ExactMatch = Literal["off", "final_number"]
 Progress = Callable[[str, int, int], None]
 """Told (what is done now, rows done, rows in all); a row counts once for every pass over it."""
@@ -56,7 +56,7 @@ def evaluate_folders(
     say = _RowCounter(progress, len(answered), 1 + passes * (1 + len(others)))
     say.begin(f"{first.name}: answering the rows")
     teacher_model = _load(first)
-    answers = answer_held_out(CompletionModel(teacher_model), answered)
+    answers = answer_held_out(CompletionModel(teacher_model), answered, num_ids=num_known_ids(tokenizer))
 
     def measure(target: Target, model: nn.Module) -> SummaryRow:
         say.begin(f"{target.name}: KL to the teacher and perplexity")
@@ -98,10 +98,10 @@ def check_vocabulary(target: Target, tokenizer: Any, examples: Sequence[Example]
     largest = max((int(max(e.prompt_ids.max(), e.reference_ids.max())) for e in examples), default=-1)
     if largest >= size:
         raise ModelError(
-            f"{target.name} ({target.folder}) has a vocabulary of {size:,}, but the rows use id {largest:,} of the "
-            "teacher's. Choose models that share a tokenizer"
+            f"{target.name} ({target.folder}) has a vocabulary of {size:,}, but the rows use id {largest:,}. "
+            "Choose models that share a tokenizer"
         )
-    if not any((target.folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(target.folder):
         return
     mine = {i: token for token, i in AutoTokenizer.from_pretrained(target.folder).get_vocab().items()}
     theirs = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -110,9 +110,14 @@ def check_vocabulary(target: Target, tokenizer: Any, examples: Sequence[Example]
     if wrong or not shared:
         where = f", first at id {wrong[0]}: {theirs[wrong[0]]!r} vs {mine[wrong[0]]!r}" if wrong else ""
         raise ModelError(
-            f"teacher and {target.name} ({target.folder}) disagree on {len(wrong):,} of {len(shared):,} token "
-            f"ids{where}. Choose models that share a tokenizer"
+            f"the rows' tokenizer and {target.name} ({target.folder}) disagree on {len(wrong):,} of {len(shared):,} "
+            f"token ids{where}. Choose models that share a tokenizer"
         )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder says what its token ids mean."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def role_of(folder: Path) -> Role:

@@ -79,9 +79,12 @@ class TeacherAnswers:
 
 @torch.inference_mode()
 def answer_held_out(
-    teacher: CompletionModel, examples: Sequence[Example], batch_tokens: int = BATCH_TOKENS
+    teacher: CompletionModel, examples: Sequence[Example], batch_tokens: int = BATCH_TOKENS, num_ids: int | None = None
 ) -> TeacherAnswers:
-    """Run the teacher once over the examples that have a reference; DataError if none has."""
+    """Run the teacher once over the examples that have a reference; DataError if none has.
+
+    num_ids: ids that mean something (`num_known_ids`); the teacher's rows above are cut, as during training. None: all.
+    """
     references = held_out_references(examples)
     if references is None:
         raise DataError(
@@ -95,7 +98,7 @@ def answer_held_out(
         AnsweredBatch(samples=part, hidden_NH=teacher.hidden(SequenceBatch.of_samples(part, device)).cpu())
         for part in parts
     ]
-    return TeacherAnswers(batches=tuple(batches), head=teacher.logits)
+    return TeacherAnswers(batches=tuple(batches), head=lambda hidden_NH: teacher.logits(hidden_NH)[:, :num_ids])
 
 
 @torch.inference_mode()

@@ -12,10 +12,11 @@ from raydistill.data.split import pick_rows, split_rows
 from raydistill.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from raydistill.config.schema import Scalar
     from raydistill.data.encode import Example
 
 DEFAULT_ROWS = 512
@@ -55,9 +56,11 @@ def rows_of_run(section: DataSection, num_rows: int | None) -> HeldOutRows:
     return HeldOutRows(rows=held_out[:num_rows], source=section.path, num_available=len(held_out))
 
 
-def file_section(max_length: int) -> DataSection:
-    """Rules for a file that belongs to no run: every row that the model has room for counts."""
-    return DataSection.model_validate({"max_length": max_length, "min_prompt_room": 1, "min_completion": 1})
+def file_section(max_length: int, template: Mapping[str, Scalar] | None = None) -> DataSection:
+    """Rules for a file that belongs to no run: every row that the model has room for counts. template: variables of the
+    chat template (None: those of a run that sets none)."""
+    rules = {"max_length": max_length, "min_prompt_room": 1, "min_completion": 1}
+    return DataSection.model_validate(rules if template is None else {**rules, "template": dict(template)})
 
 
 def encode_held_out(

@@ -5,15 +5,18 @@ Light: no torch here, so that a wrong path is refused at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from raydistill.config import DataSection, EvaluationSection
 from raydistill.errors import ModelError, UserError
+from raydistill.quant.formats import MANIFEST, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE, start_of
 from raydistill.results.tables import Role
 
@@ -58,6 +61,28 @@ def find_targets(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]
         folder = targets[names.index(twice)].folder
         raise UserError(f"two targets are called {twice!r}; name them apart, as in first={folder}")
     return targets, runs
+
+
+def template_of(targets: Sequence[Target], runs: Sequence[RunDefaults]) -> dict[str, Any] | None:
+    """The variables of the chat template (`data.template`) that the students were trained with, as their runs or exports
+    say; None where none says so. UserError where they differ: their prompts would not be the same."""
+    known = [(run.run, run.data.template) for run in runs]
+    known += [(target.name, kept) for target in targets if (kept := _kept_template(target.folder)) is not None]
+    for name, template in known[1:]:
+        if template != known[0][1]:
+            raise UserError(
+                f"{known[0][0]} was trained with data.template={json.dumps(known[0][1])}, {name} with "
+                f"{json.dumps(template)}: their prompts differ; evaluate one after the other"
+            )
+    return known[0][1] if known else None
+
+
+def _kept_template(folder: Path) -> dict[str, Any] | None:
+    try:
+        kept: dict[str, Any] | None = json.loads((folder / MANIFEST).read_text()).get("extra", {}).get(TEMPLATE)
+    except (OSError, ValueError, AttributeError):  # no export, or a damaged one, which is refused when it is loaded
+        return None
+    return kept
 
 
 def _split(text: str) -> tuple[str | None, Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import Config
+from raydistill.data.encode import num_known_ids
 from raydistill.errors import ConfigError, ModelError
 
 
@@ -19,8 +20,8 @@ class ModelFacts:
     """What the rest of a run needs to know about the two models."""
 
     tokenizer: Any
-    vocab_size: int  # ids that both models have
-    student_vocab_size: int  # the student's own: rows above `vocab_size` are padding, which must not be sampled
+    vocab_size: int  # ids that mean something: both models have them and the tokenizer knows them
+    student_vocab_size: int  # the student's own: rows above `vocab_size` are padding, neither sampled nor scored
     eos_ids: tuple[int, ...]
     max_length: int  # positions of the shorter model
 
@@ -34,15 +35,25 @@ def check_models(config: Config) -> ModelFacts:
             "(--world.name stories)"
         )
     model_config, tokenizer = _read(student, "student.model", config.student.trust_remote_code)
-    vocab_size, max_length = model_config.vocab_size, _max_length(model_config)
+    student_vocab_size, max_length = model_config.get_text_config().vocab_size, _max_length(model_config)
+    vocab_size = min(student_vocab_size, num_known_ids(tokenizer))
     if config.needs_teacher and config.teacher.model not in (None, student):
         teacher = config.teacher.model
         assert teacher is not None
         teacher_config, teacher_tokenizer = _read(teacher, "teacher.model", config.teacher.trust_remote_code)
         _compare_vocabularies(student, tokenizer, teacher, teacher_tokenizer)
         _compare_eos(student, tokenizer, teacher, teacher_tokenizer)
-        vocab_size = min(vocab_size, teacher_config.vocab_size)
+        vocab_size = min(vocab_size, teacher_config.get_text_config().vocab_size)
         max_length = min(max_length, _max_length(teacher_config))
+    objective = config.objective
+    covers_all = objective.target == "top_k" and vocab_size <= objective.top_k
+    if config.needs_teacher and objective.beta == 1 and covers_all and vocab_size < student_vocab_size:
+        # The teacher's tail would be empty and the student's not.
+        raise ModelError(
+            f"objective.top_k={objective.top_k} covers all {vocab_size:,} ids that mean something, but the student has "
+            f"{student_vocab_size:,}, and the reverse KL (objective.beta=1) would be infinite; use objective.target='dense', "
+            "or a smaller objective.top_k"
+        )
     if config.data.max_length > max_length:
         raise ModelError(
             f"data.max_length={config.data.max_length} is longer than the model's {max_length} positions; lower it to "
@@ -52,7 +63,7 @@ def check_models(config: Config) -> ModelFacts:
     return ModelFacts(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        student_vocab_size=model_config.vocab_size,
+        student_vocab_size=student_vocab_size,
         eos_ids=_eos_ids("student.model", student, tokenizer),
         max_length=max_length,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from raydistill.config import DataSection
 from raydistill.errors import ResourceError, RunError, UserError
 from raydistill.preflight.storage import check_room
 from raydistill.results.tables import format_bytes
@@ -14,6 +15,7 @@ from raydistill.results.tables import format_bytes
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
 
+DEFAULT_TEMPLATE = DataSection().template  # set for every model, whether its template reads it or not
 Status = Literal["ok", "warning", "problem"]
 
 
@@ -53,16 +55,18 @@ def model_findings(inputs: RunInputs) -> list[Finding]:
     tokenizer = facts.tokenizer
     ends = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(list(facts.eos_ids)))
     wider = facts.student_vocab_size - facts.vocab_size
-    padding = f"; the student has {wider:,} more, which are never sampled" if wider > 0 else ""
+    padding = f"; the student has {wider:,} more, which are never sampled or scored" if wider > 0 else ""
     found = [
-        Finding(check="vocabulary", status="ok", text=f"{facts.vocab_size:,} ids that both models have{padding}"),
+        Finding(check="vocabulary", status="ok", text=f"{facts.vocab_size:,} ids that both models know{padding}"),
         Finding(check="end of sequence", status="ok", text=f"{ends}; {facts.max_length:,} positions"),
         Finding(check="data", status="ok", text=data.summary()),
     ]
     example = data.train[0]
     prompt = tokenizer.decode(example.prompt_ids.tolist())
     text = f"{example.row_id}: {prompt!r} -> {tokenizer.decode(example.reference_ids.tolist())!r}"
-    found.append(Finding(check="template", status="ok", text=text))
+    variables = ", ".join(f"{name}={value!r}" for name, value in inputs.config.data.template.items())
+    found.append(Finding(check="template", status="ok", text=f"{text} (data.template: {variables or 'empty'})"))
+    found += template_warnings(str(tokenizer.chat_template or ""), inputs.config.data.template)
     if example.has_reference and int(example.reference_ids[-1]) not in facts.eos_ids:
         last = tokenizer.convert_ids_to_tokens([int(example.reference_ids[-1])])[0]
         text = (
@@ -70,6 +74,21 @@ def model_findings(inputs: RunInputs) -> list[Finding]:
         )
         found.append(Finding(check="template", status="warning", text=text))
     return found
+
+
+def template_warnings(chat_template: str, variables: Mapping[str, Any]) -> list[Finding]:
+    """Variables that the chat template does not read, and a day of its own that would change the prompts."""
+    texts = [
+        f"data.template.{name} is not read by the model's chat template; look for another spelling or remove it"
+        for name in variables
+        if name not in chat_template and name not in DEFAULT_TEMPLATE
+    ]
+    if "strftime_now" in chat_template and "date_string" not in variables:
+        texts.append(
+            "the chat template writes today's date into every prompt, so a run cannot go on tomorrow; if the template reads "
+            "date_string, set data.template.date_string, for example to '26 Jul 2024'"
+        )
+    return [Finding(check="template", status="warning", text=text) for text in texts]
 
 
 def memory_finding(plan: Mapping[str, Any]) -> Finding:

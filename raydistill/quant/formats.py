@@ -23,6 +23,9 @@ Layout = Literal["packed", "compressed-tensors", "dequantized"]
 MANIFEST = "raydistill.json"
 """The file of an exported folder that says what its weights are."""
 
+TEMPLATE = "template"
+"""Entry of its `extra`: the variables of the chat template that the student was trained with."""
+
 BITS: dict[str, Bits] = {"int4": 4, "int3": 3, "int2": 2}
 CODEBOOKS: dict[str, tuple[float, ...]] = {
     # The quantiles of a normal distribution, in bitsandbytes' float32 values (QLoRA, arXiv 2305.14314, appendix E).

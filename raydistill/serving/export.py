@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill import __version__
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
-from raydistill.quant.formats import LAYOUTS, Layout, check_layout, default_layout
+from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.recovery.keeper import read_best
 from raydistill.results.record_lines import evaluations_of, require_start
@@ -137,7 +137,8 @@ def export_run(
     scratch = building.with_suffix(".packed")
     try:
         packed = _packed_export(run, config, weights, scratch)
-        manifest = write_layout(packed, building, layout, merge_adapter, {"run": name, "version": weights.version})
+        extra = {"run": name, "version": weights.version, TEMPLATE: config.data.template}
+        manifest = write_layout(packed, building, layout, merge_adapter, extra)
         facts = _card_facts(run, to, start, config, manifest, weights.version, packed_bytes(building))
         (building / "README.md").write_text(model_card(facts))
         building.rename(to)
@@ -208,6 +209,7 @@ def _card_facts(
         num_steps=config.trainer.num_steps,
         codes_hash=manifest["codes_hash"],
         data_fingerprint=start.get("data_fingerprint"),
+        template=config.data.template,
         size_bytes=size,
         metrics=evaluations_of(run).get(version, {}),
         raydistill=__version__,

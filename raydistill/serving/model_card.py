@@ -41,6 +41,7 @@ class CardFacts:
     num_steps: int
     codes_hash: str
     data_fingerprint: str | None
+    template: Mapping[str, object]  # variables of the chat template
     size_bytes: int
     metrics: Mapping[str, float]
     raydistill: str
@@ -89,6 +90,7 @@ def _description(facts: CardFacts) -> Iterator[str]:
         "checkpoint": f"step {facts.version} of {facts.num_steps}, run {facts.run}",
         "hash of the codes": f"`{facts.codes_hash}`",
         "data fingerprint": f"`{facts.data_fingerprint}`" if facts.data_fingerprint else "not recorded",
+        "chat template's variables": f"`{json.dumps(facts.template)}`" if facts.template else "none",
         "raydistill": facts.raydistill,
     }
     yield "\n| | |\n|---|---|"

@@ -22,7 +22,7 @@ from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIR
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.targets import EXPORT_FOLDER
-from raydistill.quant.formats import MANIFEST
+from raydistill.quant.formats import MANIFEST, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
 
 HOST, PORT = "127.0.0.1", 8000
@@ -32,7 +32,9 @@ export), or any transformers folder. Ends with Ctrl-C.
 
 vLLM does not know raydistill's packed layout, and has no 4-bit kernel for x86 processors without AVX-512: plain weights are
 then written beside the folder first, and used again the next time. On a CPU int4 weights run in bfloat16, plain weights
-in the dtype of the student."""
+in the dtype of the student.
+
+Chats are rendered with the template variables that the student was trained with, such as enable_thinking=false."""
 EXAMPLES = """\
 examples:
   raydistill serve exports/student
@@ -145,6 +147,9 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
     if lora is not None:
         options["served-model-name"] = f"{name}-base"  # the student is base and adapter together
         options |= {"lora-modules": f"{name}={folder / 'adapter'}", "max-lora-rank": str(allocated_rank(lora["rank"]))}
+    template = (manifest or {}).get("extra", {}).get(TEMPLATE)
+    if template:  # what a request says itself comes first
+        options["default-chat-template-kwargs"] = json.dumps(template)
     environment = {**ENGINE_ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the server has a process of its own for the engine anyway
     if is_cpu:

@@ -39,7 +39,13 @@ SCENARIOS = {
     "none": {"mode": "none", "dtype": "float32", "format": "int4"},
     "unquantized": {"mode": "merged", "dtype": "float32", "format": "none"},
     "bfloat16": {"mode": "merged", "dtype": "bfloat16", "format": "int2"},
+    "llama": {"mode": "merged", "dtype": "float32", "format": "int4"},
+    "llama none": {"mode": "none", "dtype": "float32", "format": "int4"},
+    "gemma3": {"mode": "merged", "dtype": "float32", "format": "int4"},
+    "gemma3 served": {"mode": "served", "dtype": "float32", "format": "int4"},
+    "gemma3 none": {"mode": "none", "dtype": "float32", "format": "int4"},
 }
+FROZEN_CODES = ("served", "gemma3 served", "unquantized")
 FEW_IDS = 60  # in the scenario "unquantized": as if the teacher had no more
 FLOAT32 = [name for name, kind in SCENARIOS.items() if kind["dtype"] == "float32"]
 QUANTIZED = [name for name, kind in SCENARIOS.items() if kind["format"] != "none"]
@@ -72,15 +78,16 @@ def versions_of(spec: StudentSpec) -> tuple[StudentWeights, ...]:
 
 
 @pytest.fixture(scope="module")
-def scenarios(tiny_world: Any) -> dict[str, Scenario]:
+def scenarios(tiny_world: Any, architectures: dict[str, Path]) -> dict[str, Scenario]:
     from transformers import AutoTokenizer
 
     from raydistill.demo.tokenizer import encode_chats
 
-    model = tiny_world.teacher_folder
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher_folder)
     chats = [json.loads(line)["messages"] for line in tiny_world.validation_path.read_text().splitlines()]
     pairs = encode_chats(tokenizer, chats)
+    models = {name: architectures.get(name.split()[0], tiny_world.teacher_folder) for name in SCENARIOS}
+    sampled_ids = {"unquantized": FEW_IDS, "llama": len(tokenizer)}
     return {
         name: Scenario(
             name=name,
@@ -90,9 +97,9 @@ def scenarios(tiny_world: Any) -> dict[str, Scenario]:
             # The prompts themselves, continued: a stale prefix cache would answer for them.
             probes=TokenRows.from_rows([prompt + completion for prompt, completion in pairs[:12]]),
             eos_ids=eos_ids(model, tokenizer),
-            sampled_ids=FEW_IDS if name == "unquantized" else None,
+            sampled_ids=sampled_ids.get(name),
         )
-        for name in SCENARIOS
+        for name, model in models.items()
     }
 
 
@@ -166,7 +173,7 @@ def test_both_engines_compute_with_the_codes_that_are_exported(
         exported = export_live(tmp_path / str(weights.version), model, spec.model, {})
         assert name not in QUANTIZED or exported == mine.codes_hash
     hashes = {answers.codes_hash for answers in vllm(name)["answers"]}
-    assert len(hashes) == (3 if name in ("merged", "none", "bfloat16") else 1)
+    assert len(hashes) == (1 if name in FROZEN_CODES else 3)
 
 
 @pytest.mark.parametrize("name", FLOAT32)
@@ -227,9 +234,12 @@ def test_the_end_token_stays_and_lengths_keep_their_bounds(
         check_ends(completions, end, SAMPLED.min_new_tokens)
 
 
-def test_ids_that_the_teacher_does_not_have_are_never_sampled(vllm: Any) -> None:
-    drawn = {name: {i for c in vllm(name)["orders"]["first"] for i in c.ids} for name in ("unquantized", "none")}
+def test_padding_is_never_sampled(vllm: Any, scenarios: dict[str, Scenario]) -> None:
+    drawn = {name: {i for c in vllm(name)["orders"]["first"] for i in c.ids} for name in SCENARIOS}
     assert max(drawn["unquantized"]) < FEW_IDS <= max(drawn["none"])
+    known = scenarios["llama"].sampled_ids
+    assert known is not None
+    assert max(drawn["llama"]) < known <= max(drawn["llama none"])
 
 
 def test_both_finish_reasons_occur(vllm: Any) -> None:

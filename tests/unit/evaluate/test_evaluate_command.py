@@ -7,7 +7,8 @@ import pytest
 
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
-from raydistill.evaluate.command import evaluate_command
+from raydistill.errors import UserError
+from raydistill.evaluate.command import _parser, evaluate_command, make_plan
 from raydistill.evaluate.ptq import export_ptq
 from raydistill.evaluate.rows import rows_of_file
 from raydistill.quant.formats import WeightFormat
@@ -158,3 +159,32 @@ def test_the_module_is_a_command_of_its_own():
     )
     assert done.returncode == 0
     assert "raydistill evaluate" in done.stdout
+
+
+def test_rows_of_a_file_are_rendered_as_in_training(make_run, world, tmp_path):
+    """Whatever the targets say about the template: a run by its record, an export by its raydistill.json."""
+    variables = {"enable_thinking": True}
+    folder = make_run("thinking", template=variables)
+    switches = _parser().parse_args([str(folder), "--data", str(world.rows)])
+    assert make_plan(switches).template == variables
+    alone = tmp_path / "alone"
+    shutil.copytree(folder / "export", alone)
+    manifest = json.loads((alone / "raydistill.json").read_text())
+    arguments = [str(alone), "--data", str(world.rows), "--teacher", str(world.teacher)]
+    assert make_plan(_parser().parse_args(arguments)).template is None
+    (alone / "raydistill.json").write_text(json.dumps({**manifest, "extra": {"template": {"enable_thinking": False}}}))
+    assert make_plan(_parser().parse_args(arguments)).template == {"enable_thinking": False}
+    with pytest.raises(UserError, match=r"thinking was trained with .*true.*, alone with .*false.*one after the other"):
+        make_plan(_parser().parse_args([str(folder), str(alone), "--data", str(world.rows)]))
+
+
+def test_prompts_are_those_of_the_student_whatever_the_teachers_template_says(capsys, world, export, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.teacher, teacher)
+    (teacher / "chat_template.jinja").write_text("{{- raise_exception('the teacher speaks otherwise') -}}")
+    table = {}
+    for name, folder in (("own", world.teacher), ("other", teacher)):
+        code, out, err = run(capsys, export, "--teacher", folder, "--data", world.rows, "--rows", 4, "--json")
+        assert code == 0, err
+        table[name] = [row["kl_nats"] for row in json.loads(out)]
+    assert table["own"] == table["other"]

@@ -77,7 +77,7 @@ def test_a_target_that_is_the_teacher_names_its_row(world):
 def test_another_tokenizer_is_refused(world, tmp_path):
     foreign = train_tokenizer(["zebra quagga zebra quagga okapi okapi"] * 9, vocab_size=len(world.tokenizer))
     folder = save(make_model(world.tokenizer, 5), foreign, tmp_path / "foreign")
-    with pytest.raises(ModelError, match=r"teacher and foreign .* disagree on .* token ids, first at id"):
+    with pytest.raises(ModelError, match=r"the rows' tokenizer and foreign .* disagree on .* token ids, first at id"):
         evaluate_folders([Target("foreign", folder)], world.teacher, world.examples, world.tokenizer)
 
 

@@ -65,14 +65,30 @@ def config(student: Path | str | None, teacher: Path | str | None = None, **chan
 
 def test_models_that_fit_together_pass_and_their_facts_come_back(make_folder: MakeFolder) -> None:
     facts = check_models(config(make_folder(positions=96), make_folder("teacher", positions=128)))
-    assert (facts.vocab_size, facts.eos_ids, facts.max_length) == (16, (1,), 96)
+    assert (facts.vocab_size, facts.eos_ids, facts.max_length) == (len(WORDS), (1,), 96)
 
 
-def test_padded_vocabularies_are_cut_to_the_shorter(make_folder: MakeFolder) -> None:
-    assert check_models(config(make_folder(), make_folder("teacher", vocab_size=24))).vocab_size == 16
+def test_padded_vocabularies_are_cut_to_the_ids_that_mean_something(make_folder: MakeFolder) -> None:
+    facts = check_models(config(make_folder(), make_folder("teacher", vocab_size=24)))
+    assert (facts.vocab_size, facts.student_vocab_size) == (len(WORDS), 16)
+    assert check_models(config(make_folder(), make_folder("short", vocab_size=5))).vocab_size == 5
     # A word that only one tokenizer knows is padding for the other.
     wider = make_folder("wider", words=[*WORDS, "<extra>"])
-    assert check_models(config(make_folder(), wider)).vocab_size == 16
+    assert check_models(config(make_folder(), wider)).vocab_size == len(WORDS)
+
+
+def test_candidates_that_leave_only_padding_in_the_tail_give_no_reverse_kl(make_folder: MakeFolder) -> None:
+    def with_top_k(top_k: int, beta: float = 1.0) -> Config:
+        return config(make_folder(), objective={"target": "top_k", "top_k": top_k, "beta": beta})
+
+    for top_k in (7, 10, 64):
+        with pytest.raises(
+            ModelError, match=rf"top_k={top_k} covers all 7 ids .* the student has 16.*infinite; use .*'dense'"
+        ):
+            check_models(with_top_k(top_k))
+    check_models(with_top_k(6))
+    check_models(with_top_k(64, beta=0.5))
+    check_models(config(make_folder(), objective={"target": "dense", "beta": 1.0}))
 
 
 def test_vocabularies_that_differ_are_refused_with_the_first_id(make_folder: MakeFolder) -> None:

@@ -1,6 +1,7 @@
 """The doctor's report: what is fine, what is not, and a way out for each."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError
 from raydistill.preflight.doctor import doctor_command
-from raydistill.preflight.findings import check_ports
+from raydistill.preflight.findings import check_ports, template_warnings
 from raydistill.preflight.storage import check_room, check_writable
 
 
@@ -44,8 +45,37 @@ def test_a_config_that_can_run_is_ready(tiny_world: Any, tmp_path: Path, capsys:
     assert {row["status"] for rows in found.values() for row in rows} == {"ok"}
     assert "<|im_end|>" in found["end of sequence"][0]["text"]
     assert "####" in found["template"][0]["text"]
+    assert "data.template: enable_thinking=False" in found["template"][0]["text"]
     assert "400 training rows" in found["data"][0]["text"]
     assert found.keys() >= {"storage", "vocabulary", "memory", "disk", "ports", "placement"}
+
+
+@pytest.mark.parametrize(("thinking", "block"), [("false", "<think></think>\\n"), ("true", "")])
+def test_the_example_shows_the_prompt_with_the_templates_variables(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], thinking: str, block: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_world.teacher_folder, model)
+    template = (model / "chat_template.jinja").read_text()
+    switch = "{%- if add_generation_prompt and enable_thinking is false -%}{{- '<think></think>\\n' -}}{%- endif -%}"
+    (model / "chat_template.jinja").write_text(template + switch)
+    settings = ("--student.model", str(model), "--data.template.enable_thinking", thinking)
+    code, found = report(capsys, arguments(tiny_world, tmp_path, *settings))
+    assert code == 0
+    example, *others = found["template"]
+    assert others == []
+    assert f"assistant\\n{block}' -> '" in example["text"]
+    assert f"enable_thinking={thinking.title()}" in example["text"]
+
+
+def test_what_a_template_does_not_read_and_a_date_of_its_own_are_warnings() -> None:
+    (unread,) = template_warnings("{{ messages }}", {"enable_thinking": False, "reasoning_effort": "low"})
+    assert unread.status == "warning"
+    assert "data.template.reasoning_effort is not read" in unread.text
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}"
+    (date,) = template_warnings(dated, {"enable_thinking": False})
+    assert "set data.template.date_string" in date.text
+    assert template_warnings(dated, {"date_string": "26 Jul 2024"}) == []
 
 
 def test_every_problem_is_one_line_with_a_way_out(

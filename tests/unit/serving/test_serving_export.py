@@ -106,6 +106,7 @@ def test_int4_exports_what_transformers_loads_alone(run: Run, tmp_path: Path, ca
     assert [path.name for path in out.parent.iterdir()] == ["student"]
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
+    assert '| chat template\'s variables | `{"enable_thinking": false}` |' in card
     for said in ("| KL to the teacher (nats/token) | 0.1 |", "50.0 ± 1.0 %", "`f00d`", run.hashes[2], "step 2 of 4"):
         assert said in card
     assert str(run.folder.parent) not in card and str(run.base) not in card
@@ -257,6 +258,8 @@ def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: P
     text = " ".join(started[0])
     assert f"-m vllm.entrypoints.openai.api_server --model {tmp_path / 'int4'} --host 127.0.0.1 --port 8123" in text
     assert "--served-model-name int4 " in text and "--dtype bfloat16" in text
+    template = started[0][started[0].index("--default-chat-template-kwargs") + 1]
+    assert json.loads(template) == run.config.data.template == {"enable_thinking": False}
     assert text.endswith(" ".join(extra)) and text.count("--block-size") == 1
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3" and environment["HF_HUB_OFFLINE"] == "1"
 

@@ -1,0 +1,111 @@
+"""Each tested architecture through train -> lost -> resumed -> exported -> evaluated, with two trainer ranks.
+
+The sampling engine is transformers' here; vLLM with these architectures is in tests/engine, and both together in
+benchmarks/architectures.py.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, ray_process, serial_config
+
+from raydistill.config import Config
+from raydistill.errors import RunStopped
+from raydistill.evaluate.command import evaluate_command
+from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.recovery.checkpoint import checkpoint_folder, read_description
+from raydistill.recovery.ledger import ledger_problems
+from raydistill.serving.export import export_run
+
+pytestmark = pytest.mark.ray
+
+STEPS, RANKS = 4, 2
+FORMATS = {"qwen3": "int2", "llama": "int4", "gemma3": "int4"}
+
+
+@pytest.fixture(scope="module")
+def config_of(make_config: Any, architectures: dict[str, Path]) -> Any:
+    def config_of(architecture: str, name: str) -> Config:
+        return serial_config(
+            make_config,
+            f"{architecture}-{name}",
+            student={"model": str(architectures[architecture])},
+            teacher={"model": None},
+            quant={"format": FORMATS[architecture]},
+            rollout={"engine": "hf", "max_new_tokens": 16},
+            trainer={"num_steps": STEPS, "num_workers": RANKS, "sequences_per_micro_batch": 2},
+            checkpoint={"save_every": 2},
+        )
+
+    return config_of
+
+
+@pytest.fixture(scope="module")
+def pools(ray_cluster: Any, config_of: Any) -> Iterator[Pools]:
+    pools = make_pools(config_of("qwen3", "any"))
+    yield pools
+    pools.shutdown()
+
+
+def check_chain(summary: RunSummary, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ledger, gap, codes on every side, and the KL of every exported folder."""
+    assert [line["step"] for line in lines(summary, "step")] == list(range(STEPS))
+    assert ledger_problems(summary.folder, range(STEPS), 8) == []
+    assert summary.largest_gap_nats < 1e-5
+    trained = read_description(checkpoint_folder(summary.folder / "checkpoints", summary.best_version))["codes_hash"]
+    engine = {line["version"]: line["codes_hash"] for line in lines(summary, "sync")}[summary.best_version]
+    reports = [
+        export_run(summary.folder, tmp_path / "default"),
+        export_run(summary.folder, tmp_path / "packed", layout="packed"),
+    ]
+    assert {trained, engine, *(report.codes_hash for report in reports)} == {summary.codes_hash}
+    targets = [str(summary.export), *(f"{report.folder.name}={report.folder}" for report in reports)]
+    capsys.readouterr()
+    assert evaluate_command([*targets, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert len(table) == 4
+    assert table[0]["kl_nats"] == pytest.approx(0, abs=1e-6)
+    assert summary.metrics["evaluate/kl_nats"] > 0.005
+    for row in table[1:]:
+        assert row["kl_nats"] == pytest.approx(summary.metrics["evaluate/kl_nats"], abs=1e-4)
+
+
+def test_qwen3_passes_through_the_chain(
+    pools: Pools, config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_chain(run(config_of("qwen3", "calm"), pools, QUIET), tmp_path, capsys)
+
+
+def test_llama_loses_a_rank_and_ends_as_if_nothing_had_happened(
+    pools: Pools, config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calm, config = run(config_of("llama", "calm"), pools, QUIET), config_of("llama", "killed")
+    folder = config.run.output / "runs" / config.run.name
+    killer = threading.Thread(
+        target=kill_after_step, args=(folder, 1, lambda: ray_process("ray::RayTrainWorker")), daemon=True
+    )
+    killer.start()
+    killed = run(config, pools, QUIET)
+    assert not killer.is_alive()
+    assert any("going on from the last checkpoint" in line["text"] for line in lines(killed, "warning"))
+    check_bitwise_equal(killed, calm, STEPS)
+    check_chain(killed, tmp_path, capsys)
+
+
+def test_gemma3_is_stopped_and_the_same_command_goes_on(
+    pools: Pools, config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calm, config = run(config_of("gemma3", "calm"), pools, QUIET), config_of("gemma3", "stopped")
+    folder = config.run.output / "runs" / config.run.name
+    threading.Thread(target=kill_after_step, args=(folder, 0, os.getpid(), signal.SIGTERM), daemon=True).start()
+    with pytest.raises(RunStopped):
+        run(config, pools, QUIET)
+    stopped = run(config, pools, QUIET)
+    check_bitwise_equal(stopped, calm, STEPS)
+    check_chain(stopped, tmp_path, capsys)
