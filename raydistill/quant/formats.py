@@ -19,6 +19,9 @@ Layout = Literal["packed", "compressed-tensors", "dequantized"]
 MANIFEST = "raydistill.json"
 """The file of an exported folder that says what its weights are."""
 
+ADAPTER_FOLDER = "adapter"
+"""Inside an exported folder: the adapter of a student in served mode, in PEFT's format."""
+
 BITS: dict[str, Bits] = {"int4": 4, "int3": 3, "int2": 2}
 SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "searched")
 LAYOUTS: tuple[Layout, ...] = ("packed", "compressed-tensors", "dequantized")

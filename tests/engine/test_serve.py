@@ -25,7 +25,8 @@ from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live
 from raydistill.quant.layouts import write_layout
 from raydistill.quant.student import adapter_state, load_adapter_state
-from raydistill.serving.chat import chat_command, served_models
+from raydistill.serving.chat import chat_command
+from raydistill.serving.server import served_models
 
 pytestmark = pytest.mark.engine
 

@@ -23,10 +23,11 @@ from raydistill.quant.student import adapter_state, load_adapter_state, student_
 from raydistill.recovery.checkpoint import save_checkpoint
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.results.record import RunRecord
-from raydistill.serving.chat import chat_command, served_models
+from raydistill.serving.chat import chat_command
 from raydistill.serving.export import export_command, export_run
 from raydistill.serving.model_card import public_name
 from raydistill.serving.serve import plan_server, servable_folder, serve_command
+from raydistill.serving.server import served_models
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -344,4 +345,5 @@ def test_chat_says_why_there_is_no_server(tmp_path: Path, capsys: Any, monkeypat
     )
     monkeypatch.setattr("raydistill.serving.chat.prepare_folder", lambda folder: folder)
     assert main_with_errors(chat_command, arguments) == 1
-    assert "its last lines:\nerror: " in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the server of ") and "did not start; " in error and "holds no config.json" in error
