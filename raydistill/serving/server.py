@@ -29,6 +29,7 @@ from raydistill.serving.serve import HOST
 START_TIMEOUT_S = 600.0  # a large model from a cold disk
 END_TIMEOUT_S = 20.0
 LOG_LINES = 15  # of a server that did not start
+SERVE = (sys.executable, "-m", "raydistill", "serve")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine: no proxy
 
 
@@ -50,8 +51,7 @@ def started_server(folder: Path, port: int, name: str, extra: Sequence[str]) -> 
     folder: as `prepare_folder` returns it. extra: for vLLM. RunError with the server's last lines if it does not start.
     """
     with tempfile.NamedTemporaryFile("w+", prefix="raydistill-serve-", suffix=".log") as log:
-        command = [sys.executable, "-m", "raydistill", "serve", str(folder), "--port", str(port)]
-        command += ["--served-model-name", name, "--", *extra]
+        command = [*SERVE, str(folder), "--port", str(port), "--served-model-name", name, "--", *extra]
         with _ended_by_sigterm():
             # A session of its own: Ctrl-C in the terminal stops an answer, not the server.
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
