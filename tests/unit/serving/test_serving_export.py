@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import UserError
+from raydistill.evaluate.targets import SOURCE_FILE, read_defaults
 from raydistill.messages import EvalReport, Span, StudentWeights
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live, load_exported
@@ -109,7 +112,9 @@ def test_int4_exports_what_transformers_loads_alone(run: Run, tmp_path: Path, ca
     assert card.startswith("---\nlibrary_name: transformers\n")
     for said in ("| KL to the teacher (nats/token) | 0.1 |", "50.0 ± 1.0 %", "`f00d`", run.hashes[2], "step 2 of 4"):
         assert said in card
-    assert str(run.folder.parent) not in card and str(run.base) not in card
+    for path in out.rglob("*"):  # but for the file that stays here, nothing knows this machine
+        if path.is_file() and path.suffix != ".safetensors" and path.name != SOURCE_FILE:
+            assert str(run.folder.parents[1]) not in path.read_text(), path
 
 
 def test_an_export_does_not_need_the_base_model_if_the_run_has_its_own(run: Run, tmp_path: Path) -> None:
@@ -183,6 +188,7 @@ def test_the_folder_is_uploaded_to_a_private_repository(run: Run, tmp_path: Path
     assert report.pushed_to == "me/student"
     assert calls[0] == ("me/student", {"private": True, "exist_ok": True})
     assert calls[1][1]["folder_path"] == str(tmp_path / "out")
+    assert calls[1][1]["ignore_patterns"] == [SOURCE_FILE] and (tmp_path / "out" / SOURCE_FILE).is_file()
 
     monkeypatch.setattr("raydistill.serving.export._stored_token", lambda: None)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -267,9 +273,51 @@ def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: P
     assert "--served-model-name mine-base" in text and "--enable-lora" in text and "--dtype float32" in text
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys: Any) -> None:
-    assert main_with_errors(serve_command, [str(tmp_path)]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+def test_an_export_keeps_what_its_run_measured_with(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    export_run(run.folder, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    found, recorded = read_defaults(tmp_path / "out"), read_defaults(run.folder)
+    assert found == recorded and found is not None
+    assert (found.run, found.teacher, found.temperature) == ("mine", str(run.base), 1.0)
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(
+    run: Run, served: Run, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    export_run(run.folder, tmp_path / "int4")
+    export_run(served.folder, tmp_path / "lora", layout="dequantized")
+    shutil.copytree(tmp_path / "lora", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "adapter")
+    shutil.copytree(tmp_path / "lora", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").unlink()
+    shutil.copytree(served.folder, tmp_path / "open")
+    complaints = {
+        "": "holds no config.json",
+        "nowhere": "nowhere does not exist",
+        "lora/adapter": "is an adapter without its base; give the folder above it",
+        "base": "is a base without its adapter: adapter/ is missing",
+        "torn": "holds no .safetensors file",
+        "open": "has no export/ folder, so it did not finish",
+    }
+
+    def refused(*argv: str) -> str:
+        assert main_with_errors(serve_command, [str(arg) for arg in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    for name, complaint in complaints.items():
+        assert complaint in refused(str(tmp_path / name))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} on 127.0.0.1 cannot be used (Address already in use); give another --port" in refused(
+            str(tmp_path / "int4"), "--port", port
+        )
+    assert "port 99999 on 127.0.0.1 cannot be used" in refused(str(tmp_path / "int4"), "--port", "99999")
+    monkeypatch.setattr("raydistill.serving.serve.importlib.util.find_spec", lambda name: None)
+    assert "vLLM is not installed here" in refused(str(tmp_path / "int4"))
 
 
 class FakeServer(BaseHTTPRequestHandler):
