@@ -101,6 +101,8 @@ def encode_held_out(
     text = f"{chosen.source}: {counts.summary()}"
     if fingerprint is not None:
         text += f", those of the run (fingerprint {fingerprint})"
+    elif chosen.of_run:
+        text += ", whose fingerprint the run did not record: they may have changed since"
     if chosen.num_available > len(chosen.rows):
         text += f"; {chosen.num_available:,} are there, choose with --rows"
     return answered, text
