@@ -32,7 +32,7 @@ OVERRIDES = {  # no rollouts: the codes are what is compared here, not how they 
     "data.max_rows": "1000",
     "world.folder": "outputs/demo/worlds/stories",
 }
-STUDENTS = (("int2", "merged"), ("int3", "merged"), ("int4", "merged"), ("int4", "served"))
+STUDENTS = ("int2-merged", "int3-merged", "int4-merged", "int4-served")
 LIMIT_S = 1200  # of one reader
 
 
@@ -41,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each student")
     parser.add_argument("--rows", type=int, default=16, help="held-out sequences")
+    parser.add_argument(
+        "--students", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="STUDENT", help=f"of {', '.join(STUDENTS)}"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/parity"), help="folder for runs and tables")
     parser.add_argument("--read", nargs="+", metavar="READER=FOLDER", help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args(list(argv))
@@ -78,10 +81,11 @@ def train(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, tup
     start_cluster(first)
     pools, done = make_pools(first), {}
     try:
-        for fmt, mode in STUDENTS:
+        for name in options.students:
+            fmt, mode = name.split("-")
             extra = ["--quant.format", fmt, "--adapter.mode", mode]
             config = load_config([*base, *extra]).config
-            done[f"{fmt} {mode}"] = (resolve_world(config, console), run(config, pools, console))
+            done[name] = (resolve_world(config, console), run(config, pools, console))
     finally:
         pools.shutdown()
     return done
@@ -92,22 +96,22 @@ def compare(name: str, config: Any, summary: Any, options: argparse.Namespace) -
     from raydistill.quant.export import packed_bytes
     from raydistill.serving.export import export_run
 
-    place = options.output / "exports" / name.replace(" ", "-")
+    place = options.output / "exports" / name
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     expected, ids = as_trained(config, summary, options.rows)
     (place / "ids.json").write_text(json.dumps(ids))
-    plan = readers(*name.split())
+    plan = readers(*name.split("-"))
     for layout in dict.fromkeys(layout for layout, _ in plan):
         as_, merge = layout.removesuffix(", merged"), layout.endswith(", merged")
         export_run(summary.folder, place / layout, checkpoint="last", layout=as_, merge_adapter=merge)
     # vLLM changes its process and may take it down: one for each folder. The others share one.
     alone = [pair for pair in plan if pair[1].startswith("vllm")]
     shared = [pair for pair in plan if pair not in alone]
-    errors: dict[tuple[str, str], str | None] = {}
+    ended: dict[tuple[str, str], str | None] = {}
     for group in (shared, *([pair] for pair in alone)):
         error = run_reader(place, [f"{reader}={layout}" for layout, reader in group])
-        errors |= dict.fromkeys(group, error)
+        ended |= dict.fromkeys(group, error)
     rows = []
     for layout, reader in plan:
         row = {"student": name, "layout": layout, "reader": reader, "bytes": packed_bytes(place / layout)}
@@ -115,7 +119,8 @@ def compare(name: str, config: Any, summary: Any, options: argparse.Namespace) -
         if file.is_file():
             row |= difference(expected, np.load(file))
         else:
-            row["error"] = errors[layout, reader]
+            said = place / f"{reader}={layout}.error"
+            row["error"] = ended[layout, reader] or (said.read_text() if said.is_file() else "no answer")
         rows.append(row)
     return rows
 
@@ -182,12 +187,16 @@ def run_reader(place: Path, pairs: Sequence[str]) -> str | None:
 
 
 def read_all(place: Path, pairs: Sequence[str]) -> None:
-    """In the child process: the logits of each folder into `READER=LAYOUT.npy`."""
+    """In the child process: the logits of each folder into `READER=LAYOUT.npy`, or why not into `.error`."""
     ids = json.loads((place / "ids.json").read_text())
     for pair in pairs:
         reader, layout = pair.split("=")
-        logits = READERS[reader](place / layout, ids)
-        np.save(place / f"{pair}.npy", logits)
+        try:
+            np.save(place / f"{pair}.npy", READERS[reader](place / layout, ids))
+        except Exception as error:  # whatever a library raises belongs into the table
+            (place / f"{pair}.error").write_text(f"{type(error).__name__}: {error}".splitlines()[0])
+            if reader.startswith("vllm"):
+                raise  # the engine's own process knows the cause
 
 
 def transformers_logits(model: Any, ids: list[list[int]]) -> np.ndarray:
@@ -211,10 +220,13 @@ def read_transformers(folder: Path, ids: list[list[int]]) -> np.ndarray:
 
 
 def read_peft(folder: Path, ids: list[list[int]]) -> np.ndarray:
+    """As the model card says: PEFT cannot wrap packed weights, so transformers unpacks them on loading."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    packed = "quantization_config" in json.loads((folder / "config.json").read_text())
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
     return transformers_logits(PeftModel.from_pretrained(base, folder / "adapter").eval(), ids)
 
 
