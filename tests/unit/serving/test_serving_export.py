@@ -143,6 +143,17 @@ def test_a_served_student_is_base_and_adapter(served: Run, tmp_path: Path) -> No
     torch.testing.assert_close(logits(alone), served.logits[2], rtol=1e-5, atol=1e-5)
 
 
+def test_the_cards_code_loads_base_and_adapter(tmp_path: Path) -> None:
+    run = Run(tmp_path, fmt="int4", mode="served", own_export=False)
+    for layout in ("compressed-tensors", "dequantized"):
+        export_run(run.folder, tmp_path / layout, layout=layout)
+        code = (tmp_path / layout / "README.md").read_text().partition("```python\n")[2].partition("tokenizer = ")[0]
+        names: dict[str, Any] = {"FOLDER": str(tmp_path / layout)}
+        exec(code, names)
+        assert torch.equal(logits(names["model"].eval()), run.logits[2]), layout
+        assert "load_adapter" in code
+
+
 @pytest.mark.parametrize(
     ("switches", "complaint"),
     [
