@@ -46,6 +46,7 @@ examples:
   raydistill bench exports/student -- --max-model-len 4096
         what follows -- goes to both servers
 """
+STEADY = 1.3  # fastest against slowest of equal rounds on a machine of one's own
 COLUMNS = (
     "model", "weights on disk", "memory", "at a time", "first token p50 (ms)", "p95 (ms)", "per token p50 (ms)",
     "request p50 (ms)", "tokens/s", "min", "max",
@@ -94,6 +95,9 @@ def bench_command(argv: Sequence[str]) -> int:
     for note in notes:
         console.print(note, style="dim", markup=False, soft_wrap=True)
     rows = report(plan, run_plan(plan))
+    if (warning := unsteady(rows)) is not None:
+        notes.append(warning)
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
     if arguments.json:
         settings = {
             "prompts": plan.source,
@@ -304,6 +308,17 @@ def report(plan: Plan, measured: dict[str, Measured]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def unsteady(rows: Sequence[dict[str, Any]]) -> str | None:
+    """A warning where the same requests to the same server took very different times."""
+    worst = max(row["tokens_per_s_max"] / row["tokens_per_s_min"] for row in rows)
+    if worst < STEADY:
+        return None
+    return (
+        f"equal rounds differ by up to {worst:.1f} times: other work was on this machine, and differences between the two "
+        "models that are no larger mean nothing"
+    )
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def test_rounds_alternate_between_two_servers_that_stay_up(place: Path, passes: 
     assert row["per_token_p50_ms"] == pytest.approx(100)
     assert row["request_p50_ms"] == pytest.approx(1500)
     assert 0 < row["weight_bytes"] < row["served_weight_bytes"] and row["memory_bytes"] > 1e7
-    assert any("is packed: what runs here is a plain copy" in note for note in found["notes"])
+    assert len(found["notes"]) == 3 and any(
+        "is packed: what runs here is a plain copy" in note for note in found["notes"]
+    )
     assert "is packed: what runs here is a plain copy" in captured.err
 
 
@@ -121,6 +123,13 @@ def test_servers_take_turns_where_memory_is_short(place: Path, passes: list[Any]
     assert passes == [event for name in names for event in (("start", name), (name, 1), (name, 1), ("end", name))]
     out = capsys.readouterr().out
     assert "tokens/s" in out and "first token p50 (ms)" in out and out.count("student") == 1
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    rows = [{"tokens_per_s_min": 100, "tokens_per_s_max": high} for high in (110, 120)]
+    assert bench.unsteady(rows) is None
+    rows.append({"tokens_per_s_min": 40, "tokens_per_s_max": 100})
+    assert "differ by up to 2.5 times" in str(bench.unsteady(rows))
 
 
 def test_prompts_come_from_a_file_or_are_built_in(place: Path, passes: list[Any], capsys: Any) -> None:
