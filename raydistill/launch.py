@@ -133,7 +133,14 @@ class Launch:
             point = find_checkpoint(self._folder)
             # Everything from here on is in the run's record, failures included.
             with (
-                recorded(self._folder, config, self._console, inputs.data.fingerprint, point.version) as record,
+                recorded(
+                    self._folder,
+                    config,
+                    self._console,
+                    inputs.data.fingerprint,
+                    inputs.data.held_out_fingerprint,
+                    resume_at=point.version,
+                ) as record,
                 stop_on_signals(self._stop, self._console),
             ):
                 record.table("doctor", self._findings)

@@ -1,7 +1,7 @@
 """The verb `raydistill reproduce`: run a recorded config again and list what came out differently.
 
-The config, seed and data fingerprint come from the run's record. What cannot be made equal (code revision, package versions,
-machine) is listed before the run starts, because it explains differences.
+The config, seed and data fingerprint come from the run's record. What is not as it was (data, code revision, package
+versions, machine) is listed before the run starts, because it explains differences.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ SUMMARY = """\
 Run a recorded config again under a new name and list the differences from the record: versions, losses, held-out metrics.
 
 With sync.max_staleness = 0 in float32 on the same machine and versions nothing differs. Exit code 1 if a loss differs by more
-than --tolerance."""
+than --tolerance; with --check if the data are not those that were recorded."""
 EXAMPLES = """\
 examples:
   raydistill reproduce outputs/runs/NAME
         the same settings, data and seed; the new run is outputs/runs/NAME-reproduced
+  raydistill reproduce outputs/runs/NAME --check
+        only what differs beforehand: data, code, versions, machine
   raydistill reproduce outputs/runs/NAME --tolerance 0.01 --json
         for a script that accepts other hardware
 """
 CHECKED_FIRST = ("versions", "git", "machine")
+COLUMNS = ("what", "recorded", "now")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,17 +52,25 @@ def reproduce_command(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(list(argv))
     start = require_start(arguments.run)
     config = again(start, arguments.run)
-    from raydistill.launch import run
     from raydistill.results.provenance import collect
 
+    data = data_differences(start, config)  # loads torch, without which `collect` sees no GPU
     found = provenance_differences(start["provenance"], collect())
-    for difference in found:
-        console.print(f"  {difference.what}: {difference.recorded} then, {difference.now} now", style="dim")
+    if arguments.check:
+        print_table([asdict(difference) for difference in (*data, *found)], COLUMNS, json=arguments.json)
+        return 1 if data else 0
+    for difference in (*data, *found):
+        style = "yellow" if difference in data else "dim"
+        console.print(
+            f"  {difference.what}: {difference.recorded} then, {difference.now} now", style=style, soft_wrap=True
+        )
+    from raydistill.launch import run
+
     summary = run(config, console=console)
     results, largest = result_differences(arguments.run, summary.folder)
     rows = [asdict(difference) for difference in (*found, *results)]
     if rows or arguments.json:
-        print_table(rows, ["what", "recorded", "now"], json=arguments.json)
+        print_table(rows, COLUMNS, json=arguments.json)
     console.print(f"largest difference of a loss: {largest:.2g} nats; the new run is {summary.folder}", soft_wrap=True)
     return 0 if largest <= arguments.tolerance else 1
 
@@ -70,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, metavar="NATS", help="of a step's loss (default: %(default)g)"
     )
+    parser.add_argument("--check", action="store_true", help="list what differs before a run and stop")
     parser.add_argument("--json", action="store_true", help="print the differences as JSON on stdout")
     return parser
 
@@ -101,8 +113,18 @@ def provenance_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) 
     return _differences(then, today)
 
 
+def data_differences(start: Mapping[str, Any], config: Config) -> list[Difference]:
+    """The data fingerprint, if rows, template or tokenizer give other token ids than those that were trained on."""
+    from rich.console import Console
+
+    from raydistill.inputs import load_inputs
+
+    recorded, now = start.get("data_fingerprint"), load_inputs(config, Console(quiet=True)).data.fingerprint
+    return [] if recorded == now else [Difference(what="data fingerprint", recorded=str(recorded), now=now)]
+
+
 def result_differences(recorded: Path, now: Path) -> tuple[list[Difference], float]:
-    """Data, losses and held-out metrics that differ, and the largest difference of a step's loss."""
+    """Steps, losses, data and held-out metrics that differ, and the largest difference of a step's loss."""
     before, after = _losses(recorded), _losses(now)
     shared = before.keys() & after.keys()
     gaps = {step: abs(before[step] - after[step]) for step in shared}

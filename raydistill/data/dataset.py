@@ -32,6 +32,7 @@ class Dataset:
     held_out_counts: FilterCounts | None
     num_set_aside: int  # rows in neither part, because their prompt is that of a held-out row
     fingerprint: str  # of every id and token: two runs with the same fingerprint and seed see the same steps
+    held_out_fingerprint: str | None  # of the held-out part alone: what a later evaluation measures on
 
     def summary(self) -> str:
         """A few lines for the console."""
@@ -84,7 +85,8 @@ def load_dataset(
         counts=counts,
         held_out_counts=held_out_counts,
         num_set_aside=set_aside,
-        fingerprint=_fingerprint(train, held_out),
+        fingerprint=fingerprint_of(train, held_out),
+        held_out_fingerprint=fingerprint_of(held_out) if held_out else None,
     )
 
 
@@ -103,9 +105,10 @@ def _read_and_split(section: DataSection) -> tuple[RowFile, tuple[Row, ...], tup
     return file, file.rows, pick_rows(other.rows, section.eval_rows), other.num_bad
 
 
-def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+def fingerprint_of(*parts: Sequence[Example]) -> str:
+    """Changes with any id, token or the order of the examples."""
     digest = hashlib.sha256()
-    for part in (train, held_out):
+    for part in parts:
         digest.update(f"part {len(part)}\n".encode())
         for example in part:
             sizes = f"{example.row_id} {example.prompt_ids.size} {example.reference_ids.size}\n"

@@ -31,13 +31,16 @@ Measure finished models against their teacher, each loaded from its folder as it
 (nats per completion token), perplexity of the reference completions, exact match of greedy answers, size in bytes.
 
 A TARGET is an exported student, any transformers model folder, or a run's folder (outputs/runs/NAME), whose export is
-measured and whose record says what the teacher and the held-out rows are. name=FOLDER gives it a name in the table.
+measured. A run's record, and an export of `raydistill export`, say what the teacher and the held-out rows were: they are
+used while they are where they were and the same. name=FOLDER gives a target a name in the table.
 Rows are rendered with the chat template's variables that the student was trained with (data.template).
 The teacher's row is measured like any other: its KL is 0 if all is well."""
 EXAMPLES = """\
 examples:
   raydistill evaluate outputs/runs/int2
         a finished run: its student against its teacher, on the rows it held out
+  raydistill evaluate exports/student
+        the same numbers from an exported folder alone
   raydistill evaluate ptq=outputs/ptq-int2 student=outputs/runs/int2 --exact-match final_number
         the same beside another folder, with greedy answers compared by the number after ####
   raydistill evaluate exports/int4 --teacher models/qwen3-4b --data test.jsonl --rows 1000
@@ -56,6 +59,8 @@ class Plan:
     rows: HeldOutRows
     section: DataSection | None  # the run's rules for its rows; None for a file of its own
     template: Mapping[str, Any] | None  # variables of the chat template for such a file
+    fingerprint: str | None  # of the run's rows as it recorded them
+    temperature: float  # at which the run compared its student with the teacher
     exact_match: ExactMatch
     max_new_tokens: int
 
@@ -102,16 +107,22 @@ def _parser() -> argparse.ArgumentParser:
 def make_plan(switches: argparse.Namespace) -> Plan:
     """Switches first, then what the runs among the targets recorded; a UserError for what is still missing."""
     targets, runs = find_targets(switches.targets)
+    for run in runs:
+        _check_there(run, switches)
     section = _agreed(runs, lambda run: run.data, "held-out rows", "--data FILE") if switches.data is None else None
     if switches.data is not None:
         rows = rows_of_file(switches.data, switches.rows)
     elif section is not None:
         rows = rows_of_run(section, switches.rows)
     else:
-        raise DataError("no rows to measure on: give --data FILE (a run's folder as TARGET brings its own)")
+        raise DataError(
+            "no rows to measure on: give --data FILE (a run's folder or `raydistill export` of one brings its own)"
+        )
     teacher = switches.teacher or _agreed(runs, lambda run: run.teacher, "teachers", "--teacher FOLDER")
     if teacher is None:
-        raise ModelError("no teacher to compare with: give --teacher FOLDER (a run's folder as TARGET brings its own)")
+        raise ModelError(
+            "no teacher to compare with: give --teacher FOLDER (a run's folder or `raydistill export` of one brings its own)"
+        )
     evaluation = runs[0].evaluation if runs else None
     return Plan(
         targets=targets,
@@ -119,6 +130,8 @@ def make_plan(switches: argparse.Namespace) -> Plan:
         rows=rows,
         section=section,
         template=template_of(targets, runs) if section is None else section.template,
+        fingerprint=None if section is None else runs[0].held_out_fingerprint,
+        temperature=_agreed(runs, lambda run: run.temperature, "temperatures", "one run at a time") or 1.0,
         exact_match=switches.exact_match or (evaluation.exact_match if evaluation else "off"),
         max_new_tokens=switches.max_new_tokens or (evaluation.max_new_tokens if evaluation else DEFAULT_NEW_TOKENS),
     )
@@ -147,11 +160,28 @@ def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
     positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
     section = plan.section or file_section(positions, plan.template)
     stop_ids = eos_ids(speaker, tokenizer)
-    examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids)
-    console.print(summary, style="dim", markup=False, soft_wrap=True)
+    examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids, plan.fingerprint)
+    at = "" if plan.temperature == 1 else f" at temperature {plan.temperature:g}"
+    console.print(f"teacher {teacher}{at}; {summary}", style="dim", markup=False, soft_wrap=True)
     return evaluate_folders(
-        plan.targets, teacher, examples, tokenizer, plan.exact_match, plan.max_new_tokens, progress=say
+        plan.targets,
+        teacher,
+        examples,
+        tokenizer,
+        plan.exact_match,
+        plan.max_new_tokens,
+        temperature=plan.temperature,
+        progress=say,
     )
+
+
+def _check_there(run: RunDefaults, switches: argparse.Namespace) -> None:
+    """What the run used and the switches do not replace must still be where it was."""
+    rows = run.data.eval_path or run.data.path
+    if switches.data is None and rows is not None and not rows.exists():
+        raise DataError(f"the held-out rows of run {run.run} were in {rows}, which is not there; give --data FILE")
+    if switches.teacher is None and run.teacher and Path(run.teacher).is_absolute() and not Path(run.teacher).exists():
+        raise ModelError(f"the teacher of run {run.run} was {run.teacher}, which is not there; give --teacher FOLDER")
 
 
 def _agreed(runs: Sequence[RunDefaults], read: Callable[[RunDefaults], Any], what: str, switch: str) -> Any:

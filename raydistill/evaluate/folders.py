@@ -36,12 +36,14 @@ def evaluate_folders(
     tokenizer: Any,
     exact_match: ExactMatch = "off",
     max_new_tokens: int = 128,
+    temperature: float = 1.0,
     progress: Progress | None = None,
 ) -> list[SummaryRow]:
     """The teacher's row, then one for each target in order, all on the completions of `examples` that have one.
 
-    tokenizer: the one that encoded the examples. A target that is the teacher's own folder gives its name to the
-    teacher's row. ModelError where a target's token ids mean something else; checked for all before one is loaded.
+    tokenizer: the one that encoded the examples. temperature: softens both sides of the KL, not perplexity.
+    A target that is the teacher's own folder gives its name to the teacher's row. ModelError where a target's token
+    ids mean something else; checked for all before one is loaded.
     """
     answered = [example for example in examples if example.has_reference]
     named = next((target for target in targets if target.folder.resolve() == teacher.resolve()), None)
@@ -60,7 +62,7 @@ def evaluate_folders(
 
     def measure(target: Target, model: nn.Module) -> SummaryRow:
         say.begin(f"{target.name}: KL to the teacher and perplexity")
-        score = score_answers(CompletionModel(model), answers)
+        score = score_answers(CompletionModel(model), answers, temperature)
         match = None
         if exact_match == "final_number":
             stop_ids = eos_ids(target.folder, tokenizer)

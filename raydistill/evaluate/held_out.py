@@ -102,14 +102,14 @@ def answer_held_out(
 
 
 @torch.inference_mode()
-def score_answers(student: CompletionModel, answers: TeacherAnswers) -> HeldOutScore:
-    """KL over the whole vocabulary and cross-entropy of the student.
+def score_answers(student: CompletionModel, answers: TeacherAnswers, temperature: float = 1.0) -> HeldOutScore:
+    """KL over the whole vocabulary, both sides at `temperature`, and cross-entropy of the student (at 1).
 
     Ids that only one of the two models has are padding: both sides are cut to the shared ones (`dense_classes`).
 
     Property tested: 0 for the teacher itself, otherwise equal to a float64 sum over all tokens.
     """
-    return _sum([_score_against_hidden(student, batch, answers.head) for batch in answers.batches])
+    return _sum([_score_against_hidden(student, batch, answers.head, temperature) for batch in answers.batches])
 
 
 @torch.inference_mode()
@@ -129,14 +129,14 @@ def target_kl(logits_NV: Tensor, target: DenseTensors | TopKTensors, temperature
 
 
 def _score_against_hidden(
-    student: CompletionModel, batch: AnsweredBatch, head: Callable[[Tensor], Tensor]
+    student: CompletionModel, batch: AnsweredBatch, head: Callable[[Tensor], Tensor], temperature: float
 ) -> HeldOutScore:
     device = next(student.parameters()).device
     hidden_NH = batch.hidden_NH.to(device)
 
     def kl_of_rows(logits_NV: Tensor, rows: slice) -> Tensor:
-        teacher_NV = head(hidden_NH[rows]).log_softmax(-1, dtype=torch.float32)
-        return target_kl(logits_NV, DenseTensors(logprobs_NV=teacher_NV))
+        teacher_NV = (head(hidden_NH[rows]).float() / temperature).log_softmax(-1)
+        return target_kl(logits_NV, DenseTensors(logprobs_NV=teacher_NV), temperature)
 
     return _score(student, batch.samples, kl_of_rows)
 

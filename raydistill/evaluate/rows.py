@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from raydistill.config.schema import Scalar
     from raydistill.data.encode import Example
+    from raydistill.data.structural_filter import FilterCounts
 
 DEFAULT_ROWS = 512
 """Of a file that was named: a standard error of at most 2.2 points of exact match."""
@@ -30,6 +31,7 @@ class HeldOutRows:
     rows: tuple[Row, ...]
     source: Path
     num_available: int  # prompts there are to choose from
+    of_run: tuple[Row, ...] = ()  # those that a run measured on; its record has their fingerprint
 
 
 def rows_of_file(path: Path, num_rows: int | None) -> HeldOutRows:
@@ -44,7 +46,8 @@ def rows_of_run(section: DataSection, num_rows: int | None) -> HeldOutRows:
     if section.eval_path is not None:
         every = pick_rows(read_rows(section.eval_path, section.on_bad_row).rows, 2**62)
         chosen = every[: num_rows or section.eval_rows or DEFAULT_ROWS]
-        return HeldOutRows(rows=chosen, source=section.eval_path, num_available=len(every))
+        of_run = every[: section.eval_rows]
+        return HeldOutRows(rows=chosen, source=section.eval_path, num_available=len(every), of_run=of_run)
     if section.path is None or section.eval_rows == 0:
         raise DataError("the run held no rows out (data.eval_rows=0); name rows it has not trained on with --data FILE")
     if num_rows is not None and num_rows > section.eval_rows:
@@ -53,7 +56,7 @@ def rows_of_run(section: DataSection, num_rows: int | None) -> HeldOutRows:
             "others; ask for fewer, or name rows it has not seen with --data FILE"
         )
     held_out = split_rows(read_rows(section.path, section.on_bad_row).rows, section.eval_rows)[1]
-    return HeldOutRows(rows=held_out[:num_rows], source=section.path, num_available=len(held_out))
+    return HeldOutRows(rows=held_out[:num_rows], source=section.path, num_available=len(held_out), of_run=held_out)
 
 
 def file_section(max_length: int, template: Mapping[str, Scalar] | None = None) -> DataSection:
@@ -69,23 +72,40 @@ def encode_held_out(
     section: DataSection,
     model_max_length: int,
     stop_ids: Sequence[int],
+    fingerprint: str | None = None,
 ) -> tuple[tuple[Example, ...], str]:
-    """(examples with a reference, one line that says how many there are)."""
+    """(examples with a reference, one line that says how many there are).
+
+    fingerprint: what the run recorded of its held-out rows. DataError if they are others now.
+    """
+    from raydistill.data.dataset import fingerprint_of
     from raydistill.data.encode import encode_rows
     from raydistill.data.structural_filter import check_model_length, filter_rows
 
-    examples, counts = filter_rows(
-        chosen.rows,
-        lambda rows: encode_rows(rows, tokenizer, section, stop_ids=stop_ids),
-        section,
-        num_bad=0,
-        source=str(chosen.source),
-    )
+    def encode(rows: Sequence[Row]) -> tuple[tuple[Example, ...], FilterCounts]:
+        return filter_rows(
+            rows,
+            lambda some: encode_rows(some, tokenizer, section, stop_ids=stop_ids),
+            section,
+            num_bad=0,
+            source=str(chosen.source),
+        )
+
+    if fingerprint is not None and (now := fingerprint_of(encode(chosen.of_run)[0])) != fingerprint:
+        raise DataError(
+            f"{chosen.source} no longer holds the rows that the run measured on (fingerprint {now}, recorded "
+            f"{fingerprint}); put the file back, or measure on its rows as they are with --data {chosen.source}"
+        )
+    examples, counts = encode(chosen.rows)
     check_model_length(examples, section, model_max_length)
     answered = tuple(example for example in examples if example.has_reference)
     if not answered:
         raise DataError(f"no row of {chosen.source} has a reference completion; models are measured on those")
     text = f"{chosen.source}: {counts.summary()}"
+    if fingerprint is not None:
+        text += f", those of the run (fingerprint {fingerprint})"
+    elif chosen.of_run:
+        text += ", whose fingerprint the run did not record: they may have changed since"
     if chosen.num_available > len(chosen.rows):
         text += f"; {chosen.num_available:,} are there, choose with --rows"
     return answered, text

@@ -1,12 +1,13 @@
 """What the command line names: folders of models, run folders, and what a run's record says about its own evaluation.
 
-Light: no torch here, so that a wrong path is refused at once.
+An export that left its run's folder carries that part of the record in a file beside its weights (`source_of`). Light:
+no torch here, so that a wrong path is refused at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +24,11 @@ from raydistill.results.tables import Role
 EXPORT_FOLDER = "export"
 """Where a run leaves its student, inside the run's folder."""
 
+SOURCE_FILE = "raydistill-source.json"
+"""Beside an export's weights: the run's teacher, held-out rows and rules, as paths of this machine; never uploaded."""
+_SOURCE_NOTE = "where this export's run found its teacher and held-out rows, for this machine only: not uploaded"
+_SOURCE_SECTIONS = ("student", "teacher", "data", "objective", "evaluation")
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -35,12 +41,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDefaults:
-    """How a run evaluated its student, from its record."""
+    """How a run evaluated its student, from its record; paths are absolute where they exist."""
 
     run: str
     teacher: str | None
     data: DataSection
     evaluation: EvaluationSection
+    temperature: float  # of the teacher's and the student's distributions
+    held_out_fingerprint: str | None  # None: the run recorded none
 
 
 def find_targets(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]:
@@ -53,7 +61,7 @@ def find_targets(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]
         folder = path / EXPORT_FOLDER if run == path else path
         _check_model(path, folder)
         targets.append(Target(name or (run or folder).absolute().name, folder))
-        if run is not None and (defaults := _read_defaults(run)) is not None:
+        if (defaults := read_defaults(folder if run is None else run)) is not None:
             runs.append(defaults)
     names = [target.name for target in targets]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -117,20 +125,52 @@ def _check_model(path: Path, folder: Path) -> None:
         raise ModelError(f"{folder} is not a model: it holds no .safetensors file; save it with save_pretrained")
 
 
-def _read_defaults(run: Path) -> RunDefaults | None:
-    start = start_of(run)
+def read_defaults(folder: Path) -> RunDefaults | None:
+    """How the student in a run's folder or in an export was evaluated; None for a folder that does not say."""
+    start, said_by = start_of(folder), folder / RECORD_FILE
+    if start is None:
+        start, said_by = _read_source(folder / SOURCE_FILE), folder / SOURCE_FILE
     if start is None:
         return None
-    config = start["config"]
     try:
+        config = _with_absolute_paths(start["config"])
         return RunDefaults(
-            run=run.absolute().name,
+            run=start["name"],
             teacher=config["teacher"]["model"] or config["student"]["model"],
             data=DataSection.model_validate(config["data"]),
             evaluation=EvaluationSection.model_validate(config["evaluation"]),
+            temperature=config["objective"]["temperature"],
+            held_out_fingerprint=start.get("held_out_fingerprint"),
         )
     except (KeyError, TypeError, ValidationError) as error:
         raise UserError(
-            f"{run / RECORD_FILE} is of another version of raydistill ({type(error).__name__}); copy its export "
-            "out of the run's folder and evaluate that, with --teacher and --data"
+            f"{said_by} is of another version of raydistill ({type(error).__name__}); copy the model alone to another "
+            "folder and evaluate that, with --teacher and --data"
         ) from error
+
+
+def source_of(start: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export keeps of its run's record (its start line), for `read_defaults`."""
+    config = _with_absolute_paths(start["config"])
+    facts = {key: start.get(key) for key in ("name", "data_fingerprint", "held_out_fingerprint")}
+    return {"note": _SOURCE_NOTE, **facts, "config": {name: config[name] for name in _SOURCE_SECTIONS}}
+
+
+def _read_source(path: Path) -> dict[str, Any] | None:
+    try:
+        source: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); remove it, and give --teacher and --data") from error
+    return source
+
+
+def _with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, found from any working directory; a hub id or what is not here stays as it is."""
+    sections = {name: dict(fields) for name, fields in config.items()}
+    for name, field in (("student", "model"), ("teacher", "model"), ("data", "path"), ("data", "eval_path")):
+        value = sections[name][field]
+        if value is not None and Path(value).exists():
+            sections[name][field] = str(Path(value).absolute())
+    return sections

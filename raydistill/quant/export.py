@@ -34,7 +34,7 @@ from raydistill.quant.export_files import (
     unquantized_tensors,
     write_adapter,
 )
-from raydistill.quant.formats import MANIFEST, Layout, WeightFormat
+from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, Layout, WeightFormat
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.integer import QuantizedWeight
 from raydistill.quant.packing import pack
@@ -43,7 +43,6 @@ from raydistill.quant.rebuild import Mode
 from raydistill.quant.student import adapter_state, base_weight, merged_weight, student_codes, student_form
 
 WEIGHTS = "model.safetensors"
-ADAPTER_FOLDER = "adapter"
 LAYOUT_VERSION = 1
 
 

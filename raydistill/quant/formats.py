@@ -26,6 +26,9 @@ MANIFEST = "raydistill.json"
 TEMPLATE = "template"
 """Entry of its `extra`: the variables of the chat template that the student was trained with."""
 
+ADAPTER_FOLDER = "adapter"
+"""Inside an exported folder: the adapter of a student in served mode, in PEFT's format."""
+
 BITS: dict[str, Bits] = {"int4": 4, "int3": 3, "int2": 2}
 CODEBOOKS: dict[str, tuple[float, ...]] = {
     # The quantiles of a normal distribution, in bitsandbytes' float32 values (QLoRA, arXiv 2305.14314, appendix E).

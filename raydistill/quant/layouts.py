@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 
 from raydistill.errors import QuantError
 from raydistill.quant.compressed import compressed_tensors, quantization_config, take_codes
-from raydistill.quant.export import ADAPTER_FOLDER, WEIGHTS, layout_of, read_manifest
+from raydistill.quant.export import WEIGHTS, layout_of, read_manifest
 from raydistill.quant.export_files import (
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
@@ -36,7 +36,7 @@ from raydistill.quant.export_files import (
     stored_codes,
     stored_format,
 )
-from raydistill.quant.formats import MANIFEST, Layout, check_layout
+from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, Layout, check_layout
 from raydistill.quant.hashing import hash_tensors
 from raydistill.quant.integer import QuantizedWeight, dequantize
 from raydistill.quant.packing import pack

@@ -71,13 +71,13 @@ class RunRecord:
         provenance: Mapping[str, Any],
         seed: int,
         data_fingerprint: str | None = None,
+        held_out_fingerprint: str | None = None,
     ) -> None:
         """What this run is, written once; `provenance` comes from `provenance.collect()`. Secrets are removed."""
         assert not self._started, f"{self.path} already has its start line; a resumed run calls cut_back"
         facts = {"config": scrub(dict(config)), "provenance": scrub(dict(provenance))}
-        self._append(
-            "start", name=name, record_id=uuid.uuid4().hex, seed=seed, data_fingerprint=data_fingerprint, **facts
-        )
+        prints = {"data_fingerprint": data_fingerprint, "held_out_fingerprint": held_out_fingerprint}
+        self._append("start", name=name, record_id=uuid.uuid4().hex, seed=seed, **prints, **facts)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of one optimizer step; each step once."""

@@ -20,7 +20,12 @@ from raydistill.results.store import default_uri
 
 @contextmanager
 def recorded(
-    folder: Path, config: Config, console: Console, data_fingerprint: str | None = None, resume_at: int = 0
+    folder: Path,
+    config: Config,
+    console: Console,
+    data_fingerprint: str | None = None,
+    held_out_fingerprint: str | None = None,
+    resume_at: int = 0,
 ) -> Iterator[RunRecord]:
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
@@ -38,6 +43,7 @@ def recorded(
             provenance=collect(),
             seed=config.run.seed,
             data_fingerprint=data_fingerprint,
+            held_out_fingerprint=held_out_fingerprint,
         )
     uri = config.results.uri or default_uri(config.run.output.absolute())
     delivery = start_delivery(folder, uri, config.results.experiment)

@@ -8,12 +8,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -24,11 +19,9 @@ from typing import Any
 from raydistill.cli import command_parser, console
 from raydistill.errors import RunError, UserError
 from raydistill.serving.serve import HOST, PORT, default_name, prepare_folder, split_extra
+from raydistill.serving.server import opener, served_models, started_server
 
-START_TIMEOUT_S = 600.0  # a large model from a cold disk
 ANSWER_TIMEOUT_S = 300.0
-END_TIMEOUT_S = 20.0
-LOG_LINES = 15  # of a server that did not start
 SUMMARY = """\
 Talk to a model's folder in the terminal. Uses the server that answers on the port, or starts `raydistill serve DIR` and
 ends it again. /reset forgets the conversation, Ctrl-D ends it."""
@@ -40,7 +33,6 @@ examples:
   raydistill chat exports/student --port 8001 -- --max-model-len 4096
         what follows -- goes to vLLM if the server is started
 """
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine: no proxy
 
 
 def chat_command(argv: Sequence[str]) -> int:
@@ -100,17 +92,6 @@ class Chat:
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def served_models(port: int) -> list[str] | None:
-    """The names that a server on this port answers to; None if nothing listens."""
-    try:
-        with _opener.open(f"http://{HOST}:{port}/v1/models", timeout=5) as answer:
-            return [model["id"] for model in json.load(answer)["data"]]
-    except (urllib.error.HTTPError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
-        raise UserError(f"port {port} is taken by something else than a model server; give another --port") from error
-    except OSError:
-        return None
-
-
 @contextmanager
 def running_server(folder: Path, port: int, name: str, extra: Sequence[str]) -> Iterator[None]:
     """Around a conversation: a server that has this model. One that was started here ends here."""
@@ -122,39 +103,8 @@ def running_server(folder: Path, port: int, name: str, extra: Sequence[str]) -> 
             )
         yield
         return
-    folder = prepare_folder(folder)
-    with tempfile.NamedTemporaryFile("w+", prefix="raydistill-serve-", suffix=".log") as log:
-        command = [sys.executable, "-m", "raydistill", "serve", str(folder), "--port", str(port)]
-        command += ["--served-model-name", name, "--", *extra]
-        # A session of its own: Ctrl-C in the terminal stops an answer, not the server.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            _wait_until_ready(process, port, Path(log.name))
-            yield
-        finally:
-            end_server(process)
-
-
-def _wait_until_ready(process: subprocess.Popen[Any], port: int, log: Path) -> None:
-    console.print("starting the server (vLLM; usually under a minute)", style="dim")
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while served_models(port) is None:
-        if process.poll() is not None:
-            lines = log.read_text(errors="replace").splitlines()
-            raise RunError("the server did not start; its last lines:\n" + "\n".join(lines[-LOG_LINES:]))
-        if time.monotonic() > deadline:
-            raise RunError(f"the server is not ready after {START_TIMEOUT_S:.0f} s; start `raydistill serve` by itself")
-        time.sleep(0.5)
-
-
-def end_server(process: subprocess.Popen[Any]) -> None:
-    """Ask the server to end; after a while end it and whatever it started."""
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(END_TIMEOUT_S)
-        os.killpg(process.pid, signal.SIGKILL)  # its session: engine processes that outlived it
-    process.wait()
+    with started_server(prepare_folder(folder), port, name, extra):
+        yield
 
 
 def _events(port: int, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -163,7 +113,7 @@ def _events(port: int, path: str, body: dict[str, Any]) -> Iterator[dict[str, An
         f"http://{HOST}:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with _opener.open(request, timeout=ANSWER_TIMEOUT_S) as answer:
+        with opener.open(request, timeout=ANSWER_TIMEOUT_S) as answer:
             for line in answer:
                 data = line.decode().strip().removeprefix("data:").strip()
                 if data == "[DONE]":

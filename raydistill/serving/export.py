@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill import __version__
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
+from raydistill.evaluate.targets import EXPORT_FOLDER, SOURCE_FILE, source_of
 from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.recovery.keeper import read_best
@@ -44,8 +45,8 @@ examples:
         another checkpoint, as plain weights
   raydistill export outputs/runs/NAME --to exports/student --push-to-hub ME/student
         and upload it; a repository that does not exist is made private
-  raydistill evaluate outputs/runs/NAME exports/student
-        the folder measured on the run's held-out rows
+  raydistill evaluate exports/student
+        the folder measured against the run's teacher on its held-out rows
   raydistill serve exports/student
         an OpenAI-compatible server
 """
@@ -141,6 +142,7 @@ def export_run(
         manifest = write_layout(packed, building, layout, merge_adapter, extra)
         facts = _card_facts(run, to, start, config, manifest, weights.version, packed_bytes(building))
         (building / "README.md").write_text(model_card(facts))
+        (building / SOURCE_FILE).write_text(json.dumps(source_of(start), indent=1) + "\n")
         building.rename(to)
     except OSError as error:
         raise RunError(f"--to {to} cannot be written: {error.strerror or error}") from error
@@ -217,10 +219,15 @@ def _card_facts(
 
 
 def push(folder: Path, repo: str, hub: Any) -> None:
-    """Upload the folder; a repository that does not exist yet is made private."""
+    """Upload the folder but for the paths of this machine; a repository that does not exist yet is made private."""
     try:
         hub.create_repo(repo, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=f"raydistill {__version__}")
+        hub.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            commit_message=f"raydistill {__version__}",
+            ignore_patterns=[SOURCE_FILE],
+        )
     except (OSError, ValueError) as error:  # the hub's errors are of these families
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"{folder} is written, but --push-to-hub {repo} failed: {reason}") from error
@@ -260,7 +267,6 @@ def _packed_export(run: Path, config: Config, weights: StudentWeights, scratch: 
     """A packed folder of these weights: the run's own export where it is that version, else one made at `scratch`."""
     import torch
 
-    from raydistill.evaluate.targets import EXPORT_FOLDER
     from raydistill.models import StudentSpec, build_student
     from raydistill.quant.export import MANIFEST, export_live, layout_of, read_manifest
     from raydistill.quant.student import load_adapter_state

@@ -121,8 +121,14 @@ def _loading(facts: CardFacts) -> Iterator[str]:
         yield "model = load_exported(FOLDER)  # a transformers model, the adapter included\n```"
         yield "\n`raydistill serve FOLDER` writes plain weights beside it and serves those with vLLM."
         return
-    yield "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    yield 'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")'
+    unpacks = is_served and facts.layout == "compressed-tensors"  # PEFT cannot wrap packed weights
+    more = ", CompressedTensorsConfig" if unpacks else ""
+    yield f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer{more}\n"
+    if unpacks:
+        yield "unpacked = CompressedTensorsConfig(dequantize=True)  # an adapter is put beside plain weights"
+        yield 'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto", quantization_config=unpacked)'
+    else:
+        yield 'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")'
     if is_served:
         yield 'model.load_adapter(f"{FOLDER}/adapter")  # part of the student: without it, it is another model'
     yield "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,7 @@ from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIR
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.targets import EXPORT_FOLDER
-from raydistill.quant.formats import MANIFEST, TEMPLATE
+from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
 
 HOST, PORT = "127.0.0.1", 8000
@@ -60,6 +62,9 @@ def serve_command(argv: Sequence[str], execute: Callable[[str, list[str], dict[s
     """The verb `serve`; does not return once the server runs."""
     own, extra = split_extra(argv)
     arguments = _parser().parse_args(own)
+    check_model(arguments.folder)
+    check_vllm()
+    check_port(arguments.port)
     folder = prepare_folder(arguments.folder)
     name = arguments.served_model_name or default_name(arguments.folder)
     server = plan_server(folder, arguments.port, name, extra, _is_cpu())
@@ -92,23 +97,64 @@ def default_name(folder: Path) -> str:
     return folder.absolute().resolve().name
 
 
+def check_vllm() -> None:
+    """UserError where vLLM is not installed; imports nothing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed here; install the pinned packages (make setup), or load the folder in transformers"
+        )
+
+
+def check_port(port: int) -> None:
+    """UserError where somebody listens on the port: vLLM would say so only after it has loaded the model."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended a minute ago is no obstacle
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"port {port} on {HOST} cannot be used ({reason}); give another --port") from error
+
+
 def prepare_folder(folder: Path) -> Path:
     """`servable_folder` for this machine."""
-    return servable_folder(folder, takes_int4=not _is_cpu() or _cpu_takes_int4())
+    return servable_folder(folder, takes_int4=takes_int4())
+
+
+def check_model(folder: Path) -> Path:
+    """The model in a folder: the folder itself, or a run's export; ModelError where there is none. Reads no weights."""
+    if (folder / RECORD_FILE).is_file():
+        if not (folder / EXPORT_FOLDER).is_dir():
+            raise ModelError(f"the run {folder} has no {EXPORT_FOLDER}/ folder, so it did not finish; finish it first")
+        folder = folder / EXPORT_FOLDER
+    if not folder.is_dir():
+        raise ModelError(f"{folder} does not exist; give an export, a model or a run's folder")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is an adapter without its base; give the folder above it, which holds both")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no model: it holds no config.json; give an export, a model or a run's folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} is no model: it holds no .safetensors file; export it again")
+    if (_manifest(folder) or {}).get("lora") is not None and not (folder / ADAPTER_FOLDER).is_dir():
+        raise ModelError(f"{folder} is a base without its adapter: {ADAPTER_FOLDER}/ is missing; export the run again")
+    return folder
 
 
 def servable_folder(folder: Path, takes_int4: bool) -> Path:
     """A folder that vLLM runs here: the one given, a run's export, or plain weights written beside it."""
-    if (folder / RECORD_FILE).is_file():
-        folder = folder / EXPORT_FOLDER
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is no model: it holds no config.json; give an export, a model or a run's folder")
+    folder = check_model(folder)
+    reason = why_plain(folder, takes_int4)
+    return folder if reason is None else plain_copy(folder, reason)
+
+
+def why_plain(folder: Path, takes_int4: bool) -> str | None:
+    """Why vLLM cannot run these weights as they are stored; None if it can."""
     manifest = _manifest(folder)
     if manifest is None or manifest.get("as") == "dequantized":
-        return folder
+        return None
     if manifest.get("as", "packed") == "packed":
-        return plain_copy(folder, "is packed")
-    return folder if takes_int4 else plain_copy(folder, "is int4, for which vLLM has no kernel on this processor")
+        return "is packed"
+    return None if takes_int4 else "is int4, for which vLLM has no kernel on this processor"
 
 
 def plain_copy(export: Path, reason: str) -> Path:
@@ -146,7 +192,10 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
     options = {"model": str(folder), "host": HOST, "port": str(port), "served-model-name": name}
     if lora is not None:
         options["served-model-name"] = f"{name}-base"  # the student is base and adapter together
-        options |= {"lora-modules": f"{name}={folder / 'adapter'}", "max-lora-rank": str(allocated_rank(lora["rank"]))}
+        options |= {
+            "lora-modules": f"{name}={folder / ADAPTER_FOLDER}",
+            "max-lora-rank": str(allocated_rank(lora["rank"])),
+        }
     template = (manifest or {}).get("extra", {}).get(TEMPLATE)
     if template:  # what a request says itself comes first
         options["default-chat-template-kwargs"] = json.dumps(template)
@@ -186,6 +235,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ModelError(f"{folder / MANIFEST} is damaged ({error}); export the student again") from error
     return manifest
+
+
+def takes_int4() -> bool:
+    """Whether vLLM has a 4-bit kernel on this machine."""
+    return not _is_cpu() or _cpu_takes_int4()
 
 
 def _is_cpu() -> bool:

@@ -21,11 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raydistill.config import AdapterSection, QuantSection, StudentSection
+from raydistill.errors import RunError
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live
 from raydistill.quant.layouts import write_layout
 from raydistill.quant.student import adapter_state, load_adapter_state
-from raydistill.serving.chat import chat_command, served_models
+from raydistill.serving.chat import chat_command
+from raydistill.serving.load import load_generator, send
+from raydistill.serving.server import served_models
 
 pytestmark = pytest.mark.engine
 
@@ -99,6 +102,18 @@ def complete(serving: Serving, prompt: list[int]) -> dict[str, Any]:
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)["choices"][0]
+
+
+def test_the_load_generator_times_every_request(serving: Serving) -> None:
+    generator = load_generator()
+    load = send(generator, serving.port, "student", [[5 + n, 6, 7] for n in range(4)], new_tokens=6, concurrency=2)
+    assert load.num_tokens == [6] * 4 and load.tokens_per_s == 24 / load.seconds
+    assert all(
+        0 < first < whole <= load.seconds for first, whole in zip(load.first_token_s, load.request_s, strict=True)
+    )
+    assert len(load.per_token_s) == 4 and min(load.per_token_s) > 0
+    with pytest.raises(RunError, match="1 of 1 requests to student failed: Bad Request"):  # --max-model-len is 128
+        send(generator, serving.port, "student", [[5] * 200], new_tokens=6, concurrency=1)
 
 
 def test_the_server_says_what_transformers_says_and_leaves_nothing_behind(serving: Serving, capsys: Any) -> None:

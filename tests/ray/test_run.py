@@ -5,9 +5,12 @@ A run costs half a minute of start-up, so several tests look at one run, and run
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,16 @@ from run_helpers import (
     serial_config,
 )
 
+from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError, RunError
 from raydistill.launch import Pools, RunSummary, make_pools, run
 from raydistill.messages import EvalReport, LoadReport, StageReport, StepOutcome
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
+from raydistill.reproduce import reproduce_command
 from raydistill.results.record import read_record, read_spans
+from raydistill.results.record_lines import encode_line
+from raydistill.serving.export import export_run
 
 pytestmark = pytest.mark.ray
 
@@ -130,25 +137,20 @@ def test_trainer_engine_and_export_have_the_same_codes(overlapped: Any) -> None:
     assert trained is not None
 
 
-def test_distillation_lowers_the_kl_and_the_export_keeps_it(overlapped: Any, tiny_world: Any) -> None:
-    """The exported folder alone gives the KL and perplexity that the run measured on its live student."""
-    from raydistill.data.dataset import load_dataset
-    from raydistill.evaluate.held_out import answer_held_out, score_answers
-    from raydistill.models import load_causal_lm
-    from raydistill.preflight.checks import check_models
-    from raydistill.quant.export import load_exported
-    from raydistill.tensors import CompletionModel
-
-    config, summary, _ = overlapped
+def test_distillation_lowers_the_kl_and_an_exported_folder_alone_gives_it(overlapped: Any, tmp_path: Path) -> None:
+    """In a fresh process, somewhere else: the folder knows its teacher and the rows that the run held out."""
+    _, summary, _ = overlapped
     kl = {line["version"]: line["metrics"]["evaluate/kl_nats"] for line in lines(summary, "evaluation")}
     assert kl[summary.best_version] == min(kl.values()) < kl[0]
-    facts = check_models(config)
-    section = config.data.model_copy(update={"min_prompt_room": config.rollout.max_new_tokens})
-    data = load_dataset(section, facts.tokenizer, facts.max_length, True, stop_ids=facts.eos_ids)
-    teacher = CompletionModel(load_causal_lm(config.teacher, "teacher.model"))
-    score = score_answers(CompletionModel(load_exported(summary.export)), answer_held_out(teacher, data.held_out))
-    assert score.kl_nats == pytest.approx(summary.metrics["evaluate/kl_nats"], abs=1e-3)
-    assert score.perplexity == pytest.approx(summary.metrics["evaluate/perplexity"], rel=1e-3)
+    export_run(summary.folder, tmp_path / "student")
+    command = [sys.executable, "-m", "raydistill", "evaluate", "student", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    start = next(read_record(summary.folder))
+    assert f"those of the run (fingerprint {start['held_out_fingerprint']})" in done.stderr
+    _, student = json.loads(done.stdout)
+    assert student["kl_nats"] == pytest.approx(summary.metrics["evaluate/kl_nats"], abs=1e-3)
+    assert student["perplexity"] == pytest.approx(summary.metrics["evaluate/perplexity"], rel=1e-3)
 
 
 def test_the_driver_receives_small_messages_only(overlapped: Any) -> None:
@@ -187,6 +189,30 @@ def test_stages_follow_one_another_at_staleness_0(serial_twice: list[RunSummary]
 
 def test_a_serial_run_with_vllm_repeats_bit_for_bit(serial_twice: list[RunSummary]) -> None:
     check_bitwise_equal(*serial_twice, num_steps=3)
+
+
+def test_reproduce_gives_every_loss_and_weight_bit_for_bit(serial_twice: list[RunSummary], capsys: Any) -> None:
+    recorded = serial_twice[0]
+    assert main_with_errors(reproduce_command, [str(recorded.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [], "no version, loss or held-out metric differs"
+    again = replace(recorded, folder=recorded.folder.with_name("serial-0-reproduced"))
+    check_bitwise_equal(recorded, again, num_steps=3)
+
+
+def test_reproduce_names_changed_data_before_it_starts(serial_twice: list[RunSummary], tmp_path: Path, capsys) -> None:
+    start = next(read_record(serial_twice[0].folder))
+    rows = Path(start["config"]["data"]["path"]).read_text().splitlines(keepends=True)
+    data = start["config"]["data"]["path"] = str(tmp_path / "train.jsonl")
+    folder = tmp_path / "out" / "runs" / "first"
+    folder.mkdir(parents=True)
+    (folder / "record.jsonl").write_bytes(encode_line(start))
+    found = {}
+    for name, kept in {"same": rows, "changed": rows[:-1]}.items():
+        Path(data).write_text("".join(kept))
+        code = main_with_errors(reproduce_command, [str(folder), "--check", "--json"])
+        found[name] = code, [row["what"] for row in json.loads(capsys.readouterr().out)]
+    assert found == {"same": (0, []), "changed": (1, ["data fingerprint"])}
+    assert not (folder.parent / "first-reproduced").exists()
 
 
 def test_a_serial_run_with_two_trainer_workers_repeats_bit_for_bit(ray_cluster: Any, make_config: Any) -> None:

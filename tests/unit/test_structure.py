@@ -75,7 +75,7 @@ ONLY_IMPORTED_BY = {
 
 # Libraries with one home.
 LIBRARY_HOMES = {
-    "vllm": ("raydistill.actors", "raydistill.evaluate"),
+    "vllm": ("raydistill.actors", "raydistill.evaluate", "raydistill.serving.load"),  # load: its load generator
     "deepspeed": ("raydistill.trainer",),
     "ray.tune": ("tune",),
     "mlflow": ("raydistill.results",),
@@ -107,6 +107,9 @@ LIGHT_AT_START = (
         "raydistill.serving.serve",
         "raydistill.serving.chat",
         "raydistill.serving.model_card",
+        "raydistill.serving.server",
+        "raydistill.serving.bench",
+        "raydistill.serving.bench_inputs",
     ),
 )
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "raydistill.launch")

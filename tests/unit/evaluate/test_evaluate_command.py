@@ -6,13 +6,17 @@ import sys
 import pytest
 
 from raydistill.cli import main_with_errors
-from raydistill.config import Config
+from raydistill.config import Config, DataSection
+from raydistill.data.dataset import fingerprint_of
+from raydistill.data.encode import encode_rows
 from raydistill.errors import UserError
 from raydistill.evaluate.command import _parser, evaluate_command, make_plan
 from raydistill.evaluate.ptq import export_ptq
-from raydistill.evaluate.rows import rows_of_file
+from raydistill.evaluate.rows import rows_of_file, rows_of_run
+from raydistill.evaluate.targets import source_of
 from raydistill.quant.formats import WeightFormat
 from raydistill.results.record import RunRecord
+from raydistill.results.record_lines import require_start
 
 INT4 = WeightFormat(bits=4, group_size=32, symmetric=False, scale="absmax")
 
@@ -92,6 +96,53 @@ def test_a_run_brings_its_teacher_its_rows_and_its_way_of_measuring(capsys, make
     assert code == 0
     assert "first" in out
     assert "KL (nats/token)" in out
+
+
+@pytest.fixture
+def alone(make_run, world, tmp_path):
+    """An export far from its run's folder, as `raydistill export` leaves it; its rows and teacher are copies."""
+    teacher, rows = tmp_path / "teacher", tmp_path / "rows.jsonl"
+    shutil.copytree(world.teacher, teacher)
+    shutil.copyfile(world.rows, rows)
+    run = make_run("source", path=str(rows))
+    start = require_start(run)
+    start["config"]["student"]["model"] = str(teacher)
+    held_out = rows_of_run(DataSection.model_validate(start["config"]["data"]), None)
+    section = DataSection.model_validate(start["config"]["data"])
+    start["held_out_fingerprint"] = fingerprint_of(encode_rows(held_out.rows, world.tokenizer, section))
+    folder = tmp_path / "exports" / "student"
+    shutil.copytree(run / "export", folder)
+    (folder / "raydistill-source.json").write_text(json.dumps(source_of(start)))
+    shutil.rmtree(run)
+    return folder
+
+
+def test_an_export_alone_brings_its_teacher_and_rows(capsys, alone):
+    code, out, err = run(capsys, alone, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(row["name"], row["num_rows"]) for row in rows] == [("teacher", 6), ("student", 6)]
+    assert "6 of 6 rows kept, those of the run (fingerprint " in err
+
+
+def test_what_an_export_no_longer_finds_is_one_line(capsys, alone, world, tmp_path):
+    rows, teacher = tmp_path / "rows.jsonl", tmp_path / "teacher"
+    text = rows.read_text()
+    rows.write_text(text.replace("####", "###"))
+    code, out, err = run(capsys, alone)
+    assert (code, out) == (2, "") and "no longer holds the rows that the run measured on" in err.splitlines()[-1]
+    code, out, _ = run(capsys, alone, "--data", rows, "--exact-match", "off")
+    assert code == 0 and "student" in out
+    rows.unlink()
+    code, _, err = run(capsys, alone)
+    assert code == 2
+    assert err == f"error: the held-out rows of run source were in {rows}, which is not there; give --data FILE\n"
+    rows.write_text(text)
+    shutil.rmtree(teacher)
+    code, _, err = run(capsys, alone)
+    assert code == 2
+    assert err == f"error: the teacher of run source was {teacher}, which is not there; give --teacher FOLDER\n"
+    assert run(capsys, alone, "--teacher", world.teacher)[0] == 0
 
 
 def test_the_rows_of_a_file_are_the_same_whatever_its_order(world, tmp_path):

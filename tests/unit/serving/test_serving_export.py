@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import UserError
+from raydistill.evaluate.targets import SOURCE_FILE, read_defaults
 from raydistill.messages import EvalReport, Span, StudentWeights
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live, load_exported
@@ -23,10 +26,11 @@ from raydistill.quant.student import adapter_state, load_adapter_state, student_
 from raydistill.recovery.checkpoint import save_checkpoint
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.results.record import RunRecord
-from raydistill.serving.chat import chat_command, served_models
+from raydistill.serving.chat import chat_command
 from raydistill.serving.export import export_command, export_run
 from raydistill.serving.model_card import public_name
 from raydistill.serving.serve import plan_server, servable_folder, serve_command
+from raydistill.serving.server import served_models
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -109,7 +113,9 @@ def test_int4_exports_what_transformers_loads_alone(run: Run, tmp_path: Path, ca
     assert '| chat template\'s variables | `{"enable_thinking": false}` |' in card
     for said in ("| KL to the teacher (nats/token) | 0.1 |", "50.0 ± 1.0 %", "`f00d`", run.hashes[2], "step 2 of 4"):
         assert said in card
-    assert str(run.folder.parent) not in card and str(run.base) not in card
+    for path in out.rglob("*"):  # but for the file that stays here, nothing knows this machine
+        if path.is_file() and path.suffix != ".safetensors" and path.name != SOURCE_FILE:
+            assert str(run.folder.parents[1]) not in path.read_text(), path
 
 
 def test_an_export_does_not_need_the_base_model_if_the_run_has_its_own(run: Run, tmp_path: Path) -> None:
@@ -136,6 +142,17 @@ def test_a_served_student_is_base_and_adapter(served: Run, tmp_path: Path) -> No
     export_run(served.folder, tmp_path / "merged", layout="dequantized", merge_adapter=True)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     torch.testing.assert_close(logits(alone), served.logits[2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_cards_code_loads_base_and_adapter(tmp_path: Path) -> None:
+    run = Run(tmp_path, fmt="int4", mode="served", own_export=False)
+    for layout in ("compressed-tensors", "dequantized"):
+        export_run(run.folder, tmp_path / layout, layout=layout)
+        code = (tmp_path / layout / "README.md").read_text().partition("```python\n")[2].partition("tokenizer = ")[0]
+        names: dict[str, Any] = {"FOLDER": str(tmp_path / layout)}
+        exec(code, names)
+        assert torch.equal(logits(names["model"].eval()), run.logits[2]), layout
+        assert "load_adapter" in code
 
 
 @pytest.mark.parametrize(
@@ -183,6 +200,7 @@ def test_the_folder_is_uploaded_to_a_private_repository(run: Run, tmp_path: Path
     assert report.pushed_to == "me/student"
     assert calls[0] == ("me/student", {"private": True, "exist_ok": True})
     assert calls[1][1]["folder_path"] == str(tmp_path / "out")
+    assert calls[1][1]["ignore_patterns"] == [SOURCE_FILE] and (tmp_path / "out" / SOURCE_FILE).is_file()
 
     monkeypatch.setattr("raydistill.serving.export._stored_token", lambda: None)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -269,9 +287,51 @@ def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: P
     assert "--served-model-name mine-base" in text and "--enable-lora" in text and "--dtype float32" in text
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys: Any) -> None:
-    assert main_with_errors(serve_command, [str(tmp_path)]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+def test_an_export_keeps_what_its_run_measured_with(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    export_run(run.folder, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    found, recorded = read_defaults(tmp_path / "out"), read_defaults(run.folder)
+    assert found == recorded and found is not None
+    assert (found.run, found.teacher, found.temperature) == ("mine", str(run.base), 1.0)
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(
+    run: Run, served: Run, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    export_run(run.folder, tmp_path / "int4")
+    export_run(served.folder, tmp_path / "lora", layout="dequantized")
+    shutil.copytree(tmp_path / "lora", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "adapter")
+    shutil.copytree(tmp_path / "lora", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").unlink()
+    shutil.copytree(served.folder, tmp_path / "open")
+    complaints = {
+        "": "holds no config.json",
+        "nowhere": "nowhere does not exist",
+        "lora/adapter": "is an adapter without its base; give the folder above it",
+        "base": "is a base without its adapter: adapter/ is missing",
+        "torn": "holds no .safetensors file",
+        "open": "has no export/ folder, so it did not finish",
+    }
+
+    def refused(*argv: str) -> str:
+        assert main_with_errors(serve_command, [str(arg) for arg in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    for name, complaint in complaints.items():
+        assert complaint in refused(str(tmp_path / name))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} on 127.0.0.1 cannot be used (Address already in use); give another --port" in refused(
+            str(tmp_path / "int4"), "--port", port
+        )
+    assert "port 99999 on 127.0.0.1 cannot be used" in refused(str(tmp_path / "int4"), "--port", "99999")
+    monkeypatch.setattr("raydistill.serving.serve.importlib.util.find_spec", lambda name: None)
+    assert "vLLM is not installed here" in refused(str(tmp_path / "int4"))
 
 
 class FakeServer(BaseHTTPRequestHandler):
@@ -347,4 +407,5 @@ def test_chat_says_why_there_is_no_server(tmp_path: Path, capsys: Any, monkeypat
     )
     monkeypatch.setattr("raydistill.serving.chat.prepare_folder", lambda folder: folder)
     assert main_with_errors(chat_command, arguments) == 1
-    assert "its last lines:\nerror: " in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the server of ") and "did not start; " in error and "holds no config.json" in error
