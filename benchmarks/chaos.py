@@ -37,8 +37,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chaos_cluster import TwoNodes
-from chaos_run import ENDS_THE_DRIVER, MOMENTS, STEPS_APART, UNDISTURBED, VICTIMS, Job, Kill, Outcome
+from chaos_cluster import Nodes
+from chaos_kills import ENDS_THE_DRIVER, MOMENTS, STEPS_APART, VICTIMS, Kill, draw_kills
+from chaos_run import UNDISTURBED, Job, Outcome
 
 from raydistill.cli import console, main_with_errors, print_table
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     number = options.kills * len(options.victims) if options.each else options.kills
     wanted = [options.victims[i % len(options.victims)] for i in range(number)]
     source.shuffle(wanted)
-    with TwoNodes() as nodes:
+    with Nodes() as nodes:
         job = Job(
             output,
             make_world(output / "world"),
@@ -89,8 +90,9 @@ def main(argv: Sequence[str]) -> int:
         assert job.run(UNDISTURBED).ended, f"the undisturbed run failed; see {output / UNDISTURBED}.log"
         rows: list[Row] = []
         while wanted and len(rows) < MAX_DRAWS * number:
-            name, kills = f"run-{len(rows)}", draw_kills(wanted[: options.kills_per_run], source)
-            outcome = job.run(name, kills, getattr(signal, f"SIG{options.signal}"))
+            name = f"run-{len(rows)}"
+            kills = draw_kills(wanted[: options.kills_per_run], source, getattr(signal, f"SIG{options.signal}"))
+            outcome = job.run(name, kills)
             new = rows_of(name, kills, outcome)
             missed = [row.victim for row in new if not row.hit]
             rows, wanted = rows + new, wanted[options.kills_per_run :] + missed
@@ -138,15 +140,6 @@ def make_world(folder: Path) -> Path:
     recipe = TeacherRecipe(**RECIPE)  # type: ignore[arg-type]
     prepare_stories(folder, recipe, num_train=400, num_validation=24, num_test=24, console=console)
     return folder
-
-
-def draw_kills(victims: Sequence[str], source: random.Random) -> list[Kill]:
-    """Kills of one run, a few steps apart."""
-    kills, step = [], 0
-    for victim in victims:
-        step += source.randint(STEPS_APART - 2, STEPS_APART)
-        kills.append(Kill(victim=victim, moment=source.choice(MOMENTS), step=step))
-    return kills
 
 
 def rows_of(name: str, kills: Sequence[Kill], outcome: Outcome) -> list[Row]:

@@ -1,8 +1,7 @@
-"""A Ray cluster of two nodes on this machine that can lose either, and the processes of its actors by their titles."""
+"""Ray nodes on this machine that can be lost and replaced, and the processes of their actors by their titles."""
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from contextlib import suppress
@@ -13,27 +12,36 @@ from typing import Any
 import psutil
 
 REFRESH_S = 0.2  # how old the list of a cluster's processes may be; titles are read anew each time
+NODE_STARTS = 4
+WORKER = {"num_cpus": 4, "resources": {"rollout": 1, "teacher": 1}}
+TRAINER = {"num_cpus": 4, "resources": {"trainer": 1}}
 
 
-class TwoNodes:
-    """`with TwoNodes() as nodes:` a head with the resource `trainer`, and a node with `rollout` and `teacher`.
+class Nodes:
+    """`with Nodes() as nodes:` a head with the resource `trainer`, and a node with `rollout` and `teacher`.
 
-    Touches processes of its own cluster only.
+    head: Ray's own object for a head that runs already (`ray._private.worker._global_node`): it stays, and both resources come
+    on nodes of their own. Touches processes of this cluster only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head: Any = None) -> None:
+        self._foreign_head = head
         with socket.socket() as listener:
             listener.bind(("", 0))
             self._port: int = listener.getsockname()[1]
         self._pids: list[int] = []
         self._read_s = 0.0
 
-    def __enter__(self) -> TwoNodes:
+    def __enter__(self) -> Nodes:
         self._start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._cluster.shutdown()
+        if self._foreign_head is None:
+            self._cluster.shutdown()
+        else:
+            for node in list(self._cluster.worker_nodes):
+                self._cluster.remove_node(node, allow_graceful=False)
 
     @property
     def address(self) -> str:
@@ -43,17 +51,41 @@ class TwoNodes:
     def _start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 4, "resources": {"trainer": 1}, "gcs_server_port": self._port}
-        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
-        self._add_worker()
+        self._cluster: Any = Cluster()
+        if self._foreign_head is None:
+            self._add_node(**TRAINER, gcs_server_port=self._port, include_dashboard=False)
+        else:
+            self._cluster.head_node = self._foreign_head
+            self._add_node(**TRAINER)
+        self._worker = self._add_node(**WORKER)
 
-    def _add_worker(self) -> None:
-        self._worker = self._cluster.add_node(num_cpus=4, resources={"rollout": 1, "teacher": 1})
+    def _add_node(self, **options: Any) -> Any:
+        """A new node; tried again where a busy machine needs more than the 30 seconds that Ray gives a raylet."""
+        for _ in range(NODE_STARTS - 1):
+            try:
+                return self._cluster.add_node(**options)
+            except Exception as error:
+                if "timed out during startup" not in str(error):
+                    raise
+                self._end_half_started()
+        return self._cluster.add_node(**options)
+
+    def _raylets(self) -> list[int]:
+        nodes = self._cluster.list_all_nodes()
+        return [raylet.process.pid for node in nodes for raylet in node.all_processes.get("raylet", ())]
+
+    def _end_half_started(self) -> None:
+        """It would join the cluster later as a node that nobody knows."""
+        known = self._raylets()
+        for process in psutil.Process().children():
+            with suppress(psutil.Error):
+                if process.name() == "raylet" and process.pid not in known:
+                    process.kill()
 
     def replace_worker(self) -> None:
-        """`kill -9` the worker node's raylet (its actors die with it) and start an empty node."""
+        """`kill -9` the raylet of the node with `rollout` and `teacher` (its actors die with it) and start an empty node."""
         self._cluster.remove_node(self._worker, allow_graceful=False)
-        self._add_worker()
+        self._worker = self._add_node(**WORKER)
 
     def kill_head(self) -> None:
         """`kill -9` what makes the head node: the cluster's control store, its raylet, its dashboard."""
@@ -79,10 +111,9 @@ class TwoNodes:
     def _workers(self) -> list[int]:
         """The children of the raylets, youngest first."""
         found: list[psutil.Process] = []
-        for node in self._cluster.list_all_nodes():
-            for raylet in node.all_processes.get("raylet", ()):
-                with suppress(psutil.Error):
-                    found += psutil.Process(raylet.process.pid).children()
+        for raylet in self._raylets():
+            with suppress(psutil.Error):
+                found += psutil.Process(raylet).children()
         return [process.pid for process in sorted(found, key=_age)]
 
 
@@ -99,9 +130,3 @@ def computes(pid: int) -> bool:
             if stat.read_text().rpartition(")")[2].split()[0] == "R":
                 return True
     return False
-
-
-def send(pid: int, number: int) -> None:
-    """A signal; the process may have ended meanwhile."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)

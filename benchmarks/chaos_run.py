@@ -1,61 +1,25 @@
-"""One run of the tiny world as a process of its own, disturbed at chosen moments, and its comparison with another run."""
+"""One run of the tiny world as a process of its own, disturbed by kills, and its comparison with another run."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chaos_cluster import TwoNodes, computes, send
+from chaos_cluster import Nodes
+from chaos_kills import SAVE_EVERY, Hit, Kill, Striker, steps_of
 
 from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
 from raydistill.recovery.ledger import ledger_problems
-from raydistill.results.record_lines import read_record
 
-TITLES = {
-    "rollout": "ray::RolloutActor",
-    "teacher": "ray::TeacherActor",
-    "evaluator": "ray::EvaluatorActor",
-    "feed": "ray::Feed",
-    "trainer": "ray::RayTrainWorker",
-    "controller": "ray::TrainController",
-}
-VICTIMS = (*TITLES, "driver", "raylet", "head")
-ENDS_THE_DRIVER = ("driver", "head")
-BUSY = {
-    "generate": "ray::RolloutActor.sample",
-    "score": "ray::TeacherActor.score",
-    "sync": "ray::RolloutActor.load",
-    "evaluate": "ray::EvaluatorActor.evaluate",
-}
-MOMENTS = (*BUSY, "backward", "checkpoint")
-SEQUENCES, SAVE_EVERY = 8, 3
-STEPS_APART = SAVE_EVERY + 2  # of two kills of one run, at most: a new checkpoint stands between them
-POLL_S = 0.002
-MOMENT_S, RECOVER_S, END_S = 120.0, 400.0, 240.0  # how long to wait for a moment, for the next new step, for the end
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kill:
-    """Who is killed, when: inside `moment` of the first step from `step` on that has it."""
-
-    victim: str
-    moment: str
-    step: int
-
-
-@dataclass(slots=True, kw_only=True)
-class Hit:
-    """What came of one kill; `recovered_s` until the next step that the run had not made before."""
-
-    at_step: int
-    recovered_s: float | None = None
+UNDISTURBED = "undisturbed"
+SEQUENCES = 8
+END_S = 900.0  # from the last kill to the end
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,39 +27,12 @@ class Outcome:
     """What came of one run; `hits` has an entry for each kill, None where its moment never came."""
 
     hits: list[Hit | None]
-    starts: int
+    starts: int  # of the command
     seconds: float
     ended: bool
     ledger: str
     losses: str
     weights: str
-
-
-@dataclass(slots=True)
-class Record:
-    """A run's record, read again when it has changed."""
-
-    folder: Path
-    highest: int = -1  # the newest step that was ever seen; a record that is cut back does not lower it
-    last: int = -1
-    _seen: tuple[int, int] = field(default=(0, 0))
-
-    def read(self) -> None:
-        with suppress(OSError):
-            stat = (self.folder / "record.jsonl").stat()
-            if (stat.st_size, stat.st_mtime_ns) != self._seen:
-                self._seen = (stat.st_size, stat.st_mtime_ns)
-                self.last = max((line["step"] for line in steps_of(self.folder)), default=-1)
-                self.highest = max(self.highest, self.last)
-
-    @property
-    def checkpoint(self) -> str:
-        """The newest one's name; names sort by version."""
-        return max((path.name for path in (self.folder / "checkpoints").glob("step-*")), default="")
-
-    @property
-    def is_writing_checkpoint(self) -> bool:
-        return any((self.folder / "checkpoints").glob(".writing-*"))
 
 
 class Job:
@@ -105,7 +42,7 @@ class Job:
     """
 
     def __init__(
-        self, output: Path, world: Path, nodes: TwoNodes, engine: str, num_steps: int, timeout_s: float = 120.0
+        self, output: Path, world: Path, nodes: Nodes, engine: str, num_steps: int, timeout_s: float = 120.0
     ) -> None:
         self._output, self._world, self._nodes, self._engine = output, world, nodes, engine
         self._num_steps, self._timeout_s = num_steps, timeout_s
@@ -149,145 +86,79 @@ class Job:
         arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         return [sys.executable, "-m", "raydistill.train", *arguments]
 
-    def folder(self, name: str) -> Path:
-        return self._output / "runs" / name
-
-    def run(self, name: str, kills: Sequence[Kill] = (), number: signal.Signals = signal.SIGKILL) -> Outcome:
+    def run(self, name: str, kills: Sequence[Kill] = ()) -> Outcome:
         """One run with its kills; the command is given again where a kill ends the driver."""
+        start, hits = time.monotonic(), []
+        folder = self._output / "runs" / name
         with (self._output / f"{name}.log").open("ab") as log:
-            return _Run(self, name, log, number).through(kills)
-
-    def start(self, name: str, log: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self.command(name), stdout=log, stderr=log, start_new_session=True)
-
-    @property
-    def nodes(self) -> TwoNodes:
-        return self._nodes
-
-    def compare(self, name: str, other: str) -> dict[str, str]:
-        """Ledger, losses and final weights of one run, beside those of another of the same length."""
-        import numpy as np
-        from safetensors.numpy import load_file
-
-        problems = ledger_problems(self.folder(name), range(self._num_steps), SEQUENCES)
-        found = {"ledger": "; ".join(problems) or "complete"}
-        here, there = (
-            [line["metrics"]["trainer/loss"] for line in steps_of(self.folder(run))] for run in (name, other)
-        )
-        found["losses"] = "equal" if here == there else f"{len(here)} of {len(there)} steps, or other values"
-        roots = [self.folder(run) / "checkpoints" for run in (name, other)]
-        paths = [checkpoint_folder(root, self._num_steps) / WEIGHTS for root in roots]
-        if not paths[0].exists():
-            return found | {"weights": "missing"}
-        mine, theirs = (load_file(path) for path in paths)
-        largest = max(float(np.abs(mine[tensor] - theirs[tensor]).max()) for tensor in theirs)
-        return found | {"weights": "equal" if largest == 0 else f"differ by {largest:.1e}"}
-
-
-class _Run:
-    """One run on its way."""
-
-    def __init__(self, job: Job, name: str, log: Any, number: signal.Signals) -> None:
-        self._job, self._name, self._log, self._signal = job, name, log, number
-        self._nodes, self._record = job.nodes, Record(job.folder(name))
-        self._starts = 0
-
-    def through(self, kills: Sequence[Kill]) -> Outcome:
-        start = time.monotonic()
-        self._start()
-        hits: list[Hit | None] = []
-        last_checkpoint = ""
-        try:
-            for kill in kills:
-                hits.append(self._strike(kill, last_checkpoint))
-                last_checkpoint = self._record.checkpoint
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_S)
-        finally:
-            if self._process.poll() is None:
-                self._process.kill()
+            command = _Command(self.command(name), log, self._nodes)
+            striker = Striker(folder, self._nodes, command.is_running, command.lose)
+            try:
+                hits = [striker.strike(kill) for kill in kills]
+                ended = command.ended_well()
+            finally:
+                command.kill()
+        before = self._output / "runs" / UNDISTURBED
         return Outcome(
             hits=hits,
-            starts=self._starts,
-            ended=self._process.wait() == 0,
+            starts=command.starts,
+            ended=ended,
             seconds=time.monotonic() - start,
-            **self._job.compare(self._name, UNDISTURBED),
+            **compare(folder, before, self._num_steps),
         )
 
-    def _start(self) -> None:
-        self._starts += 1
-        self._process = self._job.start(self._name, self._log)
 
-    def _until(self, happened: Callable[[], Any], patience_s: float) -> Any:
-        """What `happened` answers as soon as that is true; None if the run ends first or patience does."""
-        deadline = time.monotonic() + patience_s
-        while self._process.poll() is None and time.monotonic() < deadline:
-            found = happened()
-            if found:
-                return found
-            time.sleep(POLL_S)
-        return None
+class _Command:
+    """The driver's process, from start to end and start again."""
 
-    def _strike(self, kill: Kill, last_checkpoint: str) -> Hit | None:
-        """Wait for the moment, kill, wait for the next new step. None if the moment does not come."""
-
-        def is_due() -> bool:
-            self._record.read()
-            return self._record.last >= kill.step - 1 and self._record.checkpoint > last_checkpoint
-
-        if not self._until(is_due, RECOVER_S):
-            return None
-        pid = self._until(lambda: self._victim(kill), MOMENT_S)
-        if pid is None:
-            return None
-        struck = time.monotonic()
-        if kill.victim == "raylet":
-            self._nodes.replace_worker()
-        elif kill.victim == "head":
-            self._nodes.kill_head()
-        else:
-            send(pid, self._signal)
-        self._record.read()
-        hit, before = Hit(at_step=self._record.last + 1), self._record.highest
-        if kill.victim in ENDS_THE_DRIVER:
-            self._again(kill)
-
-        def goes_on() -> bool:
-            self._record.read()
-            return self._record.highest > before
-
-        if self._until(goes_on, RECOVER_S):
-            hit.recovered_s = time.monotonic() - struck
-        return hit
-
-    def _victim(self, kill: Kill) -> int | None:
-        """The process to kill, if it is there and the run is inside the kill's moment."""
-        if not self._is_now(kill.moment):
-            return None
-        return self._nodes.newest(TITLES[kill.victim]) if kill.victim in TITLES else self._process.pid
-
-    def _is_now(self, moment: str) -> bool:
-        if moment == "checkpoint":
-            return self._record.is_writing_checkpoint
-        if moment in BUSY:
-            return self._nodes.newest(BUSY[moment]) is not None
-        trainer = self._nodes.newest(TITLES["trainer"])
-        others = any(self._nodes.newest(title) is not None for title in BUSY.values())
-        return trainer is not None and not others and computes(trainer)
-
-    def _again(self, kill: Kill) -> None:
-        """Give the same command again once its driver is gone; a lost head gets a new cluster at the same address."""
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:  # a driver that outlives its cluster: the row will show it
-            return
-        if kill.victim == "head":
-            self._nodes.restart()
+    def __init__(self, command: list[str], log: Any, nodes: Nodes) -> None:
+        self._command, self._log, self._nodes = command, log, nodes
+        self.starts = 0
         self._start()
 
+    def _start(self) -> None:
+        self.starts += 1
+        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log, start_new_session=True)
 
-UNDISTURBED = "undisturbed"
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def lose(self, victim: str) -> None:
+        """Kill the driver or the head node; once the driver is gone, give the same command again."""
+        if victim == "head":
+            self._nodes.kill_head()
+            with suppress(
+                subprocess.TimeoutExpired
+            ):  # a driver that outlives its cluster by so much is not started again
+                self._process.wait(END_S)
+                self._nodes.restart()
+                self._start()
+        else:
+            self.kill()
+            self._start()
+
+    def ended_well(self) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(END_S) == 0
+        return False
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
-def steps_of(folder: Path) -> Iterator[dict[str, Any]]:
-    return (line for line in read_record(folder) if line["kind"] == "step")
+def compare(folder: Path, other: Path, num_steps: int, sequences_per_step: int = SEQUENCES) -> dict[str, str]:
+    """`ledger`, `losses` and final `weights` of one run, beside those of another: complete, equal, equal if all is well."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    problems = ledger_problems(folder, range(num_steps), sequences_per_step)
+    found = {"ledger": "; ".join(problems) or "complete"}
+    here, there = ([line["metrics"]["trainer/loss"] for line in steps_of(run)] for run in (folder, other))
+    found["losses"] = "equal" if here == there else f"{len(here)} of {len(there)} steps, or other values"
+    paths = [checkpoint_folder(run / "checkpoints", num_steps) / WEIGHTS for run in (folder, other)]
+    if not paths[0].exists():
+        return found | {"weights": "missing"}
+    mine, theirs = (load_file(path) for path in paths)
+    largest = max(float(np.abs(mine[tensor] - theirs[tensor]).max()) for tensor in theirs)
+    return found | {"weights": "equal" if largest == 0 else f"differ by {largest:.1e}"}
