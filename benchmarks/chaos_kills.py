@@ -54,6 +54,7 @@ class Hit:
     """A kill that struck; `recovered_s`: until the next step that the run had not made before, None if none came."""
 
     at_step: int
+    pid: int | None  # of the actor that got the signal
     recovered_s: float | None = None
 
 
@@ -125,7 +126,7 @@ class Striker:
             with suppress(ProcessLookupError):
                 os.kill(pid, kill.number)
         record.read()
-        hit, before = Hit(at_step=record.last + 1), record.highest
+        hit, before = Hit(at_step=record.last + 1, pid=pid), record.highest
         self._checkpoint = record.checkpoint
         if kill.victim == "raylet":
             self._nodes.replace_worker()
