@@ -17,6 +17,17 @@ WORKER = {"num_cpus": 4, "resources": {"rollout": 1, "teacher": 1}}
 TRAINER = {"num_cpus": 4, "resources": {"trainer": 1}}
 
 
+class Workers:
+    """Ray's worker processes by id, youngest first, with their titles: `ray::Feed`, or `ray::Feed.lease` while it works."""
+
+    def __init__(self, titles: dict[int, str]) -> None:
+        self._titles = titles
+
+    def newest(self, title: str) -> int | None:
+        """The id of the youngest one whose title starts so."""
+        return next((pid for pid, found in self._titles.items() if found.startswith(title)), None)
+
+
 class Nodes:
     """`with Nodes() as nodes:` a head with the resource `trainer`, and a node with `rollout` and `teacher`.
 
@@ -97,16 +108,15 @@ class Nodes:
             self._cluster.shutdown()
         self._start()
 
-    def newest(self, title: str) -> int | None:
-        """The id of the youngest of this cluster's workers whose title starts so: `ray::Feed`, `ray::Feed.lease`."""
+    def workers(self) -> Workers:
+        """This cluster's worker processes at this moment."""
         if time.monotonic() - self._read_s > REFRESH_S:
             self._pids, self._read_s = self._workers(), time.monotonic()
-        wanted = title.encode()
+        titles = {}
         for pid in self._pids:
             with suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(wanted):
-                    return pid
-        return None
+                titles[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        return Workers(titles)
 
     def _workers(self) -> list[int]:
         """The children of the raylets, youngest first."""

@@ -35,7 +35,7 @@ BUSY = {
 MOMENTS = (*BUSY, "backward", "checkpoint")
 SAVE_EVERY = 3
 STEPS_APART = SAVE_EVERY + 2  # of two kills of one run, at most: a new checkpoint stands between them
-POLL_S = 0.002
+POLL_S, MOMENT_POLL_S = 0.05, 0.002
 MOMENT_S, RECOVER_S = 300.0, 900.0  # how long to wait for a moment, and for the next new step
 
 
@@ -118,9 +118,9 @@ class Striker:
             record.read()
             return record.last >= kill.step - 1 and record.checkpoint > self._checkpoint
 
-        if not self._until(is_due, RECOVER_S) or not self._until(lambda: self._is_now(kill), MOMENT_S):
+        if not self._until(is_due, RECOVER_S) or not self._until(lambda: self._is_now(kill), MOMENT_S, MOMENT_POLL_S):
             return None
-        pid = self._nodes.newest(TITLES[kill.victim]) if kill.victim in TITLES else None
+        pid = self._nodes.workers().newest(TITLES[kill.victim]) if kill.victim in TITLES else None
         struck = time.monotonic()
         if pid is not None:
             with suppress(ProcessLookupError):
@@ -142,26 +142,26 @@ class Striker:
             hit.recovered_s = time.monotonic() - struck
         return hit
 
-    def _until(self, happened: Callable[[], bool], patience_s: float) -> bool:
+    def _until(self, happened: Callable[[], bool], patience_s: float, poll_s: float = POLL_S) -> bool:
         """Whether it happened, before the run ended and patience did."""
         deadline = time.monotonic() + patience_s
         while self._is_running() and time.monotonic() < deadline:
             if happened():
                 return True
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
         return False
 
     def _is_now(self, kill: Kill) -> bool:
         """Whether the run is inside the kill's moment, and its victim is there."""
-        if kill.victim in TITLES and self._nodes.newest(TITLES[kill.victim]) is None:
+        newest = self._nodes.workers().newest
+        if kill.victim in TITLES and newest(TITLES[kill.victim]) is None:
             return False
         if kill.moment == "checkpoint":
             return self._record.is_writing_checkpoint
         if kill.moment in BUSY:
-            return self._nodes.newest(BUSY[kill.moment]) is not None
-        trainer = self._nodes.newest(TITLES["trainer"])
-        others = any(self._nodes.newest(title) is not None for title in BUSY.values())
-        return trainer is not None and not others and computes(trainer)
+            return newest(BUSY[kill.moment]) is not None
+        trainer = newest(TITLES["trainer"])
+        return trainer is not None and not any(newest(title) for title in BUSY.values()) and computes(trainer)
 
 
 def steps_of(folder: Path) -> Iterator[dict[str, Any]]:
