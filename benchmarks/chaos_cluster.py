@@ -62,7 +62,8 @@ class Nodes:
     def _start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster: Any = Cluster()
+        # At a process's end Ray's own hooks end what is left; only a main thread can set them, and a node is replaced in any.
+        self._cluster: Any = Cluster(shutdown_at_exit=self._foreign_head is None)
         if self._foreign_head is None:
             self._add_node(**TRAINER, gcs_server_port=self._port, include_dashboard=False)
         else:

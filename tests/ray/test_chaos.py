@@ -1,6 +1,5 @@
 """Processes that die or hang at chosen moments cost time only: a short selection of benchmarks/chaos.py."""
 
-import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,18 +8,23 @@ from typing import Any
 import psutil
 import pytest
 from chaos_cluster import Nodes
-from chaos_kills import STEPS_APART, Hit, Kill, Striker, draw_kills
+from chaos_kills import Hit, Kill, Striker
 from chaos_run import compare
 from run_helpers import QUIET, lines, serial_config
 
 from raydistill.config import Config
 from raydistill.launch import Pools, RunSummary, make_pools, run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-VICTIMS = ("rollout", "evaluator", "controller", "raylet")  # trainer, feed and driver: test_resume.py
-HANGS = "teacher"
-STEPS = STEPS_APART * (len(VICTIMS) + 2)
+KILLS = (  # trainer, feed and driver: test_resume.py
+    Kill(victim="rollout", moment="generate", step=2),
+    Kill(victim="controller", moment="backward", step=4),
+    Kill(victim="raylet", moment="sync", step=7),
+    Kill(victim="teacher", moment="score", step=10, number=signal.SIGSTOP),
+    Kill(victim="evaluator", moment="evaluate", step=13),
+)
+STEPS = 18
 HANG_S = 15.0  # how long a call may take before its actor counts as dead
 
 
@@ -60,19 +64,17 @@ def test_killed_and_hanging_processes_cost_time_only(
 ) -> None:
     config = config_of(make_config, "disturbed")
     folder = config.run.output / "runs" / "disturbed"
-    kills = draw_kills(VICTIMS, random.Random(1))
-    kills.append(Kill(victim=HANGS, moment="score", step=kills[-1].step + STEPS_APART, number=signal.SIGSTOP))
     hits: list[Hit | None] = []
     is_over = threading.Event()
     striker = Striker(folder, nodes, lambda: not is_over.is_set())
-    thread = threading.Thread(target=lambda: hits.extend(map(striker.strike, kills)), daemon=True)
+    thread = threading.Thread(target=lambda: hits.extend(map(striker.strike, KILLS)), daemon=True)
     thread.start()
     try:
         summary = run(config, pools, QUIET)
     finally:
         is_over.set()
         thread.join(30)
-    assert len(hits) == len(kills) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
+    assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
     assert compare(folder, undisturbed.folder, STEPS) == {"ledger": "complete", "losses": "equal", "weights": "equal"}
     versions = [[line["version"] for line in lines(s, "evaluation")] for s in (summary, undisturbed)]
     assert versions[0] == versions[1]
