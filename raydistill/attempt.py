@@ -28,7 +28,7 @@ from raydistill.ray_metrics import RayMetrics
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.recovery.resume import ResumePoint
 from raydistill.results.record import RunRecord
-from raydistill.roles import Pools, Roles, Sampled
+from raydistill.roles import Handle, Pools, Roles, Sampled
 from raydistill.trainer.group import GIVE_UP_S, TrainerGroup
 
 
@@ -118,16 +118,18 @@ class Attempt:
 
     async def _arm_evaluator(self, spec: StudentSpec, references: Samples | None) -> None:
         config, pools = self._config, self._pools
-        scored = []
+
+        async def score() -> list[Handle]:
+            if references is None:
+                return []
+            if not config.needs_teacher:
+                return [ray.put(Scored(samples=references, target=None))]
+            _, handle = await pools.teachers.score(references, references.completions.num_tokens)
+            return [handle]
+
         if config.needs_teacher:
             await pools.teachers.begin(config.teacher, config.objective, self._inputs.facts.vocab_size)
-        if references is not None:
-            if config.needs_teacher:
-                _, handle = await pools.teachers.score(references, references.completions.num_tokens)
-            else:
-                handle = ray.put(Scored(samples=references, target=None))
-            scored.append(handle)
-        await pools.evaluator.begin(spec, config.objective, references, scored)
+        await pools.evaluator.begin(spec, config.objective, references, score)
 
     def _roles(self, records: DriverRecords) -> Roles:
         config, pools = self._config, self._pools
