@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from raydistill.actors.feed import Feed
@@ -27,8 +29,18 @@ from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.recovery.resume import ResumePoint
 from raydistill.recovery.sampled import ReplayedRollouts, SampledTokens
 from raydistill.results.record import RunRecord
-from raydistill.roles import Pools, Roles, Sampled
+from raydistill.roles import Handle, Pools, Roles, Sampled
 from raydistill.trainer.group import GIVE_UP_S, TrainerGroup
+
+
+async def first_error(*work: Coroutine[Any, Any, Any]) -> None:
+    """Do all of it at the same time; the first error ends the rest and is raised."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for part in work:
+                tasks.create_task(part)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 class Attempt:
@@ -47,7 +59,9 @@ class Attempt:
         self._inputs, self._pools, self._record, self._keeper = inputs, pools, record, keeper
         self._config, self._point = config, point
         folder = record.path.parent
-        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000)
+        # On the driver's node: whatever other node is lost, this attempt's ranks and the next one's keep their feed.
+        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
         self._feed = feed.remote(config.sync.max_staleness + 2)
         self._trainer = TrainerGroup(config, self._feed, inputs.probes(), folder, point.folder, number)
         self._name = folder.name
@@ -58,8 +72,7 @@ class Attempt:
         self._trainer.start()
         try:
             with spinner(console, "starting engines, teachers and trainer workers"):
-                await self._arm()
-                await self._trainer.outcome(-1)
+                await first_error(self._arm(), self._trainer.outcome(-1))
             self._record_engines()
             armed = time.time()
             seconds["start"] = seconds.get("start", 0.0) + armed - start
@@ -102,20 +115,22 @@ class Attempt:
             spec = self._inputs.engine_spec()
             work.append(pools.rollouts.begin(config, spec, prompts, lambda s, i: sampling_seed(seed, s, i)))
         work.append(self._arm_evaluator(StudentSpec.of(config), held_out_references(held_out)))
-        await asyncio.gather(*work)
+        await first_error(*work)
 
     async def _arm_evaluator(self, spec: StudentSpec, references: Samples | None) -> None:
         config, pools = self._config, self._pools
-        scored = []
+
+        async def score() -> list[Handle]:
+            if references is None:
+                return []
+            if not config.needs_teacher:
+                return [ray.put(Scored(samples=references, target=None))]
+            _, handle = await pools.teachers.score(references, references.completions.num_tokens)
+            return [handle]
+
         if config.needs_teacher:
             await pools.teachers.begin(config.teacher, config.objective, self._inputs.facts.vocab_size)
-        if references is not None:
-            if config.needs_teacher:
-                _, handle = await pools.teachers.score(references, references.completions.num_tokens)
-            else:
-                handle = ray.put(Scored(samples=references, target=None))
-            scored.append(handle)
-        await pools.evaluator.begin(spec, config.objective, references, scored)
+        await pools.evaluator.begin(spec, config.objective, references, score)
 
     def _roles(self, records: DriverRecords) -> Roles:
         config, pools = self._config, self._pools

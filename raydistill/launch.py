@@ -62,6 +62,8 @@ def start_cluster(config: Config) -> None:
         return
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # One process less for each trainer group: a node that goes away is met by the next attempt, announced or not.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else {"num_cpus": config.cluster.num_cpus}

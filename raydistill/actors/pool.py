@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -91,10 +92,16 @@ class ActorPool(Generic[Actor]):
                 self.queue_depth -= 1
 
     async def _within(self, actor: Any, ref: Any, timeout_s: float | None = None) -> Any:
-        """The answer; LostError where an argument is gone, because whoever was to make it died."""
-        try:
+        """The answer within the time limit; see `_deaths_of`."""
+        with self._deaths_of(actor):
             return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s or self._timeout_s)
-        except ObjectLostError as error:  # an argument lay on a node that died: another actor cannot have it either
+
+    @contextmanager
+    def _deaths_of(self, actor: Any) -> Iterator[None]:
+        """LostError where an argument is gone, because whoever was to make or keep it died: another actor lacks it too."""
+        try:
+            yield
+        except ObjectLostError as error:  # it lay on a node that died
             raise LostError(f"tensors for {self._role} actors were lost with their node") from error
         except RayActorError as error:
             # An argument that a dead actor was to return raises that actor's death here: ours is alive.
@@ -107,7 +114,8 @@ class ActorPool(Generic[Actor]):
             while self._actors[index] is dead:  # else another waiting call replaced it already
                 actor = self._next_after(index, error)
                 try:
-                    await self._revive(actor, index)
+                    with self._deaths_of(actor):
+                        await self._revive(actor, index)
                 except DEATHS as again:  # the replacement died too
                     error = again
                     ray.kill(actor, no_restart=True)

@@ -7,11 +7,12 @@ what they imported) stay for the next.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from raydistill.actors.engine import SamplingSettings
 from raydistill.actors.evaluator import EvaluatorActor
@@ -238,6 +239,7 @@ class EvaluatorRole:
         self._pool: ActorPool[Any] = ActorPool("evaluator", 1, self._create, self._revive, timeout_s)
         self._arguments: tuple[Any, ...] | None = None
         self._scored: list[Handle] = []
+        self._score: Callable[[], Awaitable[list[Handle]]] | None = None
         self._references: Samples | None = None
         self._lock = asyncio.Lock()
 
@@ -247,17 +249,27 @@ class EvaluatorRole:
     async def _revive(self, actor: Any, index: int) -> None:
         if self._arguments is not None:
             await asyncio.wait_for(actor.start.remote(*self._arguments), START_TIMEOUT_S)
-            await asyncio.wait_for(actor.hold_out.remote(*self._scored), START_TIMEOUT_S)
+            try:
+                await asyncio.wait_for(actor.hold_out.remote(*self._scored), START_TIMEOUT_S)
+            except ObjectLostError:  # the node of the teacher that made them is gone too
+                assert self._score is not None
+                self._scored = await self._score()
+                await asyncio.wait_for(actor.hold_out.remote(*self._scored), START_TIMEOUT_S)
 
     async def begin(
-        self, spec: StudentSpec, objective: ObjectiveSection, references: Samples | None, scored: list[Handle]
+        self,
+        spec: StudentSpec,
+        objective: ObjectiveSection,
+        references: Samples | None,
+        score: Callable[[], Awaitable[list[Handle]]],
     ) -> None:
-        """Build the student and keep the teacher's answers on the held-out references."""
+        """Build the student and keep the teacher's answers on the held-out references, which `score` asks for."""
         self._pool.begin_run()
         self._lock = asyncio.Lock()  # a lock belongs to one event loop, and each run has its own
-        self._references, self._scored, self._arguments = references, scored, (spec, objective)
+        self._scored, self._score = await score(), score
+        self._references, self._arguments = references, (spec, objective)
         await self._pool.call(0, "start", spec, objective, timeout_s=START_TIMEOUT_S)
-        await self._pool.call(0, "hold_out", *scored)
+        await self._pool.call(0, "hold_out", *self._scored)
 
     async def evaluate(self, weights: Handle, version: int, answers: list[Handle]) -> EvalReport:
         """See `Evaluator.evaluate`. Versions are evaluated one after another."""

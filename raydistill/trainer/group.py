@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class TrainerGroup:
         self._job = TrainerJob(config=config, probes=probes, feed=feed, run_folder=run_folder, resume_from=resume_from)
         self._failure: BaseException | None = None
         self._members: list[Member] = []
+        self._offered: dict[int, float] = {}  # when the ranks got a step's parts
         self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
 
     def start(self) -> None:
@@ -77,15 +79,17 @@ class TrainerGroup:
     async def offer(self, step: int, parts: list[list[Any]]) -> None:
         """Hand a step's references to the ranks."""
         await self._within(self._feed.offer.remote(step, parts))
+        self._offered[step] = time.monotonic()
 
     async def outcome(self, step: int) -> StepOutcome:
         """Wait until a step is trained (-1: until the first version is published). RunStopped after `stop`."""
         try:
-            outcome: StepOutcome | None = await self._within(
-                self._feed.outcome.remote(step), START_TIMEOUT_S if step < 0 else None
-            )
+            outcome: StepOutcome | None
             if step < 0:
+                outcome = await self._within(self._feed.outcome.remote(step), START_TIMEOUT_S)
                 self._members = await self._within(self._feed.members.remote())
+            else:
+                outcome = await self._trained(step, self._feed.outcome.remote(step))
         except RunError as error:
             raise await self._cause(error, f"step {step}: " if step >= 0 else "") from error
         if outcome is None:
@@ -109,16 +113,37 @@ class TrainerGroup:
         if self._failure is not None:
             raise await self._cause(self._failure, "the trainer group failed: ") from self._failure
 
+    async def _trained(self, step: int, ref: Any) -> Any:
+        """The answer; its time runs while the ranks have the step's parts: actors that make them have limits of their own."""
+        limit, start = self._config.trainer.timeout_s, time.monotonic()
+        answer = asyncio.ensure_future(self._answer(ref))
+        try:
+            while True:
+                since = self._offered.get(step)
+                left = limit if since is None else max(since, start) + limit - time.monotonic()
+                done, _ = await asyncio.wait({answer}, timeout=max(left, 0.0))
+                if done:
+                    return answer.result()
+                if since is not None:
+                    raise _silent(limit)
+        finally:
+            answer.cancel()
+            self._offered.pop(step, None)
+
     async def _within(self, ref: Any, timeout_s: float | None = None) -> Any:
         limit = timeout_s or self._config.trainer.timeout_s
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), limit)
+            return await asyncio.wait_for(self._answer(ref), limit)
+        except TimeoutError as error:
+            raise _silent(limit) from error
+
+    async def _answer(self, ref: Any) -> Any:
+        try:
+            return await asyncio.wrap_future(ref.future())
         except RayActorError as error:
             raise LostError(f"the trainer's feed died: {_last_line(error)}") from error
         except RayError as error:
             raise RunError(_last_line(error)) from error
-        except TimeoutError as error:
-            raise LostError(f"the trainer did not answer within {limit:g} s (trainer.timeout_s)") from error
 
     async def _cause(self, error: BaseException, where: str) -> RunError:
         """Why the group failed: an error that a rank met would come again, a death is worth another attempt."""
@@ -155,6 +180,10 @@ def worker_environment(config: Config) -> dict[str, str]:
     if config.trainer.num_gpus > 0:
         return {"TOKENIZERS_PARALLELISM": "false"}
     return {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _silent(limit_s: float) -> LostError:
+    return LostError(f"the trainer did not answer within {limit_s:g} s (trainer.timeout_s)")
 
 
 def _last_line(error: BaseException) -> str:

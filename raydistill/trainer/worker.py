@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from raydistill.config import Config
 from raydistill.errors import RunError, UserError
@@ -160,12 +161,22 @@ class TrainerRank:
 
     def _lease(self, step: int) -> list[Scored] | None:
         """This rank's micro-batches of one step; None if the run is to stop before it."""
-        refs = self._ask(self._job.feed.lease.remote(step, self._rank))
+        refs = self._wait_for_parts(step)
         if refs is None:
             return None
         parts = ray.get(refs, timeout=self._config.trainer.timeout_s)
         self._sampled.keep(step, self._rank, [part.samples for part in parts])
         return split_scored(parts, self._config.trainer.sequences_per_micro_batch)
+
+    def _wait_for_parts(self, step: int) -> list[Any] | None:
+        """As long as it takes to make them, as long as the feed lives: the actors that make them have limits of their own."""
+        lease = self._job.feed.lease.remote(step, self._rank)
+        while True:
+            try:
+                refs: list[Any] | None = self._ask(lease)
+                return refs
+            except GetTimeoutError:
+                self._ask(self._job.feed.fatal.remote())
 
     def _check_staleness(self, micro_batches: list[Scored], version: int) -> None:
         versions = [v for m in micro_batches for v in m.samples.policy_versions if v != REFERENCE_VERSION]

@@ -6,11 +6,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from raydistill.actors import pool as pool_module
 from raydistill.actors.pool import ActorPool
-from raydistill.errors import RunError
+from raydistill.errors import LostError, RunError
 
 HANG, DIE = object(), object()
 
@@ -241,6 +241,19 @@ def test_replacements_that_always_die_end_the_run(make_pool: MakePool, monkeypat
 
     run(whole)
     assert len(cluster.made) == 4
+
+
+def test_a_replacement_whose_weights_are_gone_ends_the_attempt(make_pool: MakePool) -> None:
+    """No other replacement could load them either; the next attempt publishes new ones."""
+    gone = ObjectLostError("00" * 28, None, "")
+    cluster = Cluster(lambda actor, method, args: DIE if actor.life == 0 else gone)
+
+    async def whole() -> None:
+        with pytest.raises(LostError, match="lost with their node"):
+            await make_pool(cluster, size=1).call(0, "score")
+
+    run(whole)
+    assert [actor.life for actor in cluster.made] == [0, 1]
 
 
 def test_an_error_of_the_work_itself_is_not_retried(make_pool: MakePool) -> None:

@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from raydistill.actors import pools as pools_module
 from raydistill.actors.engine import Completion
-from raydistill.actors.pools import RolloutPool, TeacherPool, rank_of
+from raydistill.actors.pools import EvaluatorRole, RolloutPool, TeacherPool, rank_of
 from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.config import Config
 from raydistill.messages import PromptBatch, Samples, StudentWeights, TokenRows
@@ -286,3 +287,44 @@ def test_a_teacher_that_dies_is_replaced_and_started(local_ray: LocalRay, monkey
 
     run(whole)
     assert [method for _, method in local_ray.log] == ["start", "start", "score"]
+
+
+class EchoEvaluator:
+    def __init__(self, name: str) -> None:
+        self.held: list[str] = []
+
+    def start(self, spec: Any, objective: Any) -> None: ...
+
+    def hold_out(self, *scored: str) -> None:
+        self.held = list(scored)
+
+    def evaluate(self, weights: StudentWeights, references: Any) -> Any:
+        return SimpleNamespace(version=weights.version, held=self.held)
+
+
+def test_an_evaluator_and_the_answers_it_held_may_be_lost_together(
+    local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lay on the same node: the teachers are asked again."""
+    monkeypatch.setattr(pools_module, "EvaluatorActor", EchoEvaluator)
+    answers = [LocalRef(), LocalRef()]
+    for answer, text in zip(answers, ("first", "again"), strict=True):
+        answer.result.set_result(text)
+
+    asked: list[LocalRef] = []
+
+    async def score() -> list[Any]:
+        asked.append(answers[len(asked)])
+        return asked[-1:]
+
+    async def whole() -> None:
+        role = EvaluatorRole(CONFIG.evaluation, timeout_s=5)
+        await role.begin(StudentSpec.of(CONFIG), CONFIG.objective, None, score)
+        assert (await role.evaluate(weights(1), 1, [])).held == ["first"]
+        local_ray.handles[0].is_dead = True
+        answers[0].result = Future()
+        answers[0].result.set_exception(ObjectLostError("00" * 28, None, ""))
+        assert (await role.evaluate(weights(2), 2, [])).held == ["again"]
+
+    run(whole)
+    assert len(asked) == 2 and len(local_ray.handles) == 2

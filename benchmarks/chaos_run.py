@@ -1,0 +1,164 @@
+"""One run of the tiny world as a process of its own, disturbed by kills, and its comparison with another run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chaos_cluster import Nodes
+from chaos_kills import SAVE_EVERY, Hit, Kill, Striker, steps_of
+
+from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
+from raydistill.recovery.ledger import ledger_problems
+
+UNDISTURBED = "undisturbed"
+SEQUENCES = 8
+END_S = 900.0  # from the last kill to the end
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What came of one run; `hits` has an entry for each kill, None where its moment never came."""
+
+    hits: list[Hit | None]
+    starts: int  # of the command
+    seconds: float
+    ended: bool
+    ledger: str
+    losses: str
+    weights: str
+
+
+class Job:
+    """The command under test; `run` may be called for several names, one after another.
+
+    world: a folder with `teacher`, `train.jsonl` and `validation.jsonl`. timeout_s: of remote calls; a hang costs so much.
+    """
+
+    def __init__(
+        self, output: Path, world: Path, nodes: Nodes, engine: str, num_steps: int, timeout_s: float = 120.0
+    ) -> None:
+        self._output, self._world, self._nodes, self._engine = output, world, nodes, engine
+        self._num_steps, self._timeout_s = num_steps, timeout_s
+
+    def command(self, name: str) -> list[str]:
+        """Strictly on-policy, serial, float32: repeatable bit for bit."""
+        settings = {
+            "run.name": name,
+            "run.output": self._output,
+            "student.model": self._world / "teacher",
+            "student.dtype": "float32",
+            "teacher.dtype": "float32",
+            "teacher.num_cpus": 0.1,
+            "data.path": self._world / "train.jsonl",
+            "data.eval_path": self._world / "validation.jsonl",
+            "data.eval_rows": 16,
+            "data.max_length": 160,
+            "data.min_prompt_room": 4,
+            "data.min_completion": 2,
+            "objective.on_policy_fraction": 0.75,
+            "objective.target": "dense",
+            "quant.format": "int2",
+            "adapter.rank": 8,
+            "rollout.engine": self._engine,
+            "rollout.max_new_tokens": 40,
+            "rollout.num_cpus": 0.1,
+            "rollout.timeout_s": self._timeout_s,
+            "trainer.num_steps": self._num_steps,
+            "trainer.sequences_per_step": SEQUENCES,
+            "trainer.sequences_per_micro_batch": 4,
+            "trainer.learning_rate": 2e-3,
+            "trainer.num_cpus": 0.1,
+            "trainer.timeout_s": self._timeout_s,
+            "sync.max_staleness": 0,
+            "evaluation.eval_every": SAVE_EVERY,
+            "evaluation.num_cpus": 0.1,
+            "checkpoint.save_every": SAVE_EVERY,
+            "cluster.address": self._nodes.address,
+            "cluster.by_role": "true",
+        }
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "raydistill.train", *arguments]
+
+    def run(self, name: str, kills: Sequence[Kill] = ()) -> Outcome:
+        """One run with its kills; the command is given again where a kill ends the driver."""
+        start, hits = time.monotonic(), []
+        folder = self._output / "runs" / name
+        with (self._output / f"{name}.log").open("ab") as log:
+            command = _Command(self.command(name), log, self._nodes)
+            striker = Striker(folder, self._nodes, command.is_running, command.lose)
+            try:
+                hits = [striker.strike(kill) for kill in kills]
+                ended = command.ended_well()
+            finally:
+                command.kill()
+        before = self._output / "runs" / UNDISTURBED
+        return Outcome(
+            hits=hits,
+            starts=command.starts,
+            ended=ended,
+            seconds=time.monotonic() - start,
+            **compare(folder, before, self._num_steps),
+        )
+
+
+class _Command:
+    """The driver's process, from start to end and start again."""
+
+    def __init__(self, command: list[str], log: Any, nodes: Nodes) -> None:
+        self._command, self._log, self._nodes = command, log, nodes
+        self.starts = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.starts += 1
+        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log, start_new_session=True)
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def lose(self, victim: str) -> None:
+        """Kill the driver or the head node; once the driver is gone, give the same command again."""
+        if victim == "head":
+            self._nodes.kill_head()
+            with suppress(
+                subprocess.TimeoutExpired
+            ):  # a driver that outlives its cluster by so much is not started again
+                self._process.wait(END_S)
+                self._nodes.restart()
+                self._start()
+        else:
+            self.kill()
+            self._start()
+
+    def ended_well(self) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(END_S) == 0
+        return False
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def compare(folder: Path, other: Path, num_steps: int, sequences_per_step: int = SEQUENCES) -> dict[str, str]:
+    """`ledger`, `losses` and final `weights` of one run, beside those of another: complete, equal, equal if all is well."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    problems = ledger_problems(folder, range(num_steps), sequences_per_step)
+    found = {"ledger": "; ".join(problems) or "complete"}
+    here, there = ([line["metrics"]["trainer/loss"] for line in steps_of(run)] for run in (folder, other))
+    found["losses"] = "equal" if here == there else f"{len(here)} of {len(there)} steps, or other values"
+    paths = [checkpoint_folder(run / "checkpoints", num_steps) / WEIGHTS for run in (folder, other)]
+    if not paths[0].exists():
+        return found | {"weights": "missing"}
+    mine, theirs = (load_file(path) for path in paths)
+    largest = max(float(np.abs(mine[tensor] - theirs[tensor]).max()) for tensor in theirs)
+    return found | {"weights": "equal" if largest == 0 else f"differ by {largest:.1e}"}

@@ -1,0 +1,81 @@
+"""Processes that die or hang at chosen moments cost time only: a short selection of benchmarks/chaos.py."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from chaos_cluster import Nodes
+from chaos_kills import Hit, Kill, Striker
+from chaos_run import compare
+from run_helpers import QUIET, lines, serial_config
+
+from raydistill.config import Config
+from raydistill.launch import Pools, RunSummary, make_pools, run
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+KILLS = (  # trainer, feed and driver: test_resume.py
+    Kill(victim="rollout", moment="generate", step=2),
+    Kill(victim="controller", moment="backward", step=4),
+    Kill(victim="raylet", moment="sync", step=7),
+    Kill(victim="teacher", moment="score", step=10, number=signal.SIGSTOP),
+    Kill(victim="evaluator", moment="evaluate", step=13),
+)
+STEPS = 18
+HANG_S = 15.0  # how long a call may take before its actor counts as dead
+
+
+def config_of(make_config: Any, name: str) -> Config:
+    return serial_config(
+        make_config,
+        name,
+        trainer={"num_steps": STEPS},
+        checkpoint={"save_every": 3},
+        rollout={"engine": "hf", "timeout_s": HANG_S},
+        teacher={"model": None},
+        cluster={"by_role": True},
+    )
+
+
+@pytest.fixture(scope="module")
+def nodes(ray_cluster: Any) -> Iterator[Nodes]:
+    """Two nodes beside the session's own, one of which can be lost."""
+    with Nodes(head=ray_cluster._private.worker._global_node) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def pools(nodes: Nodes, make_config: Any) -> Iterator[Pools]:
+    pools = make_pools(config_of(make_config, "any"))
+    yield pools
+    pools.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pools: Pools, make_config: Any) -> RunSummary:
+    return run(config_of(make_config, "undisturbed"), pools, QUIET)
+
+
+def test_killed_and_hanging_processes_cost_time_only(
+    nodes: Nodes, pools: Pools, make_config: Any, undisturbed: RunSummary
+) -> None:
+    config = config_of(make_config, "disturbed")
+    folder = config.run.output / "runs" / "disturbed"
+    hits: list[Hit | None] = []
+    is_over = threading.Event()
+    striker = Striker(folder, nodes, lambda: not is_over.is_set())
+    thread = threading.Thread(target=lambda: hits.extend(map(striker.strike, KILLS)), daemon=True)
+    thread.start()
+    try:
+        summary = run(config, pools, QUIET)
+    finally:
+        is_over.set()
+        thread.join(30)
+    assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
+    assert compare(folder, undisturbed.folder, STEPS) == {"ledger": "complete", "losses": "equal", "weights": "equal"}
+    versions = [[line["version"] for line in lines(s, "evaluation")] for s in (summary, undisturbed)]
+    assert versions[0] == versions[1]
+    assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
