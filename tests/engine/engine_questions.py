@@ -28,6 +28,7 @@ class Scenario:
     probes: TokenRows
     eos_ids: tuple[int, ...]
     sampled_ids: int | None = None
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

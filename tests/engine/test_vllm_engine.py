@@ -10,11 +10,13 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from engine_questions import ENVIRONMENT, LONG_GREEDY, MAX_NEW_TOKENS, SAMPLED, Answers, Scenario, ask
@@ -39,6 +41,7 @@ SCENARIOS = {
     "none": {"mode": "none", "dtype": "float32", "format": "int4"},
     "unquantized": {"mode": "merged", "dtype": "float32", "format": "none"},
     "bfloat16": {"mode": "merged", "dtype": "bfloat16", "format": "int2"},
+    "sharded": {"mode": "merged", "dtype": "float32", "format": "int4"},  # by two ranks; the last, see the process
 }
 FEW_IDS = 60  # in the scenario "unquantized": as if the teacher had no more
 FLOAT32 = [name for name, kind in SCENARIOS.items() if kind["dtype"] == "float32"]
@@ -91,6 +94,7 @@ def scenarios(tiny_world: Any) -> dict[str, Scenario]:
             probes=TokenRows.from_rows([prompt + completion for prompt, completion in pairs[:12]]),
             eos_ids=eos_ids(model, tokenizer),
             sampled_ids=FEW_IDS if name == "unquantized" else None,
+            tensor_parallel_size=2 if name == "sharded" else 1,
         )
         for name in SCENARIOS
     }
@@ -103,16 +107,19 @@ def vllm(scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactor
     questions, results = folder / "scenarios.pkl", folder / "results.pkl"
     questions.write_bytes(pickle.dumps(list(scenarios.values())))
     script = str(Path(__file__).with_name("vllm_worker_process.py"))
+    # It ends with a killed rank; what it was to answer is there by then.
     done = subprocess.run(
         [sys.executable, script, str(questions), str(results)],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended_at = time.time()
+    assert results.exists(), done.stderr[-3000:]
     played = pickle.loads(results.read_bytes())
+    played["sharded"] |= {"ended_at": ended_at, "exit_status": done.returncode}
 
     def of(name: str) -> dict[str, Any]:
         assert "error" not in played[name], played[name]["error"]
@@ -166,7 +173,7 @@ def test_both_engines_compute_with_the_codes_that_are_exported(
         exported = export_live(tmp_path / str(weights.version), model, spec.model, {})
         assert name not in QUANTIZED or exported == mine.codes_hash
     hashes = {answers.codes_hash for answers in vllm(name)["answers"]}
-    assert len(hashes) == (3 if name in ("merged", "none", "bfloat16") else 1)
+    assert len(hashes) == (1 if name in ("served", "unquantized") else 3)
 
 
 @pytest.mark.parametrize("name", FLOAT32)
@@ -178,6 +185,26 @@ def test_log_probs_agree_within_1e_5_nats_in_float32(name: str, vllm: Any, trans
 def test_log_probs_agree_within_0_05_nats_in_bfloat16(vllm: Any, transformers_answers: Any) -> None:
     for mine, reference in zip(vllm("bfloat16")["answers"], transformers_answers("bfloat16"), strict=True):
         assert mean_gap(mine, reference) < 0.05
+
+
+def test_two_ranks_answer_as_one_does(vllm: Any) -> None:
+    for sharded, alone in zip(vllm("sharded")["answers"], vllm("merged")["answers"], strict=True):
+        assert (sharded.weights_hash, sharded.codes_hash) == (alone.weights_hash, alone.codes_hash)
+        assert mean_gap(sharded, alone) < 1e-5
+        assert ids(sharded.greedy) == ids(alone.greedy)
+
+
+def test_each_rank_keeps_its_share_of_the_weights(vllm: Any) -> None:
+    (whole,) = vllm("merged")["weights_kept"]
+    assert vllm("sharded")["weights_kept"] == [whole // 2, whole // 2]
+
+
+def test_the_engines_process_ends_with_a_rank_that_is_killed_and_takes_the_others_along(vllm: Any) -> None:
+    sharded = vllm("sharded")
+    assert sharded["exit_status"] == 1
+    assert sharded["ended_at"] - sharded["killed_at"] < 30
+    assert len(sharded["ranks"]) == 2
+    assert not [pid for pid in sharded["ranks"] if psutil.pid_exists(pid)]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -13,6 +13,7 @@ from raydistill.quant.student import Mode, rebuild_codes, rebuild_weight
 
 NAME = "model.layers.0.mlp.down_proj"
 SCALING = 1.5
+HEAD_DIM = 8
 
 
 def layer(out_features: int, in_features: int, mode: Mode) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -73,12 +74,10 @@ def test_the_shards_of_all_ranks_are_the_whole_layer_bit_for_bit(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("kv_heads", "world_size"), [(2, 4), (1, 4), (4, 4), (4, 2), (3, 6)])
-def test_key_heads_fewer_than_ranks_are_replicated(
-    kv_heads: int, world_size: int, bits: int, symmetric: bool, head_dim: int = 8
-) -> None:
+def test_key_heads_fewer_than_ranks_are_replicated(kv_heads: int, world_size: int, bits: int, symmetric: bool) -> None:
     fmt = WeightFormat(bits=bits, group_size=16, symmetric=symmetric, scale="absmax")  # type: ignore[arg-type]
     split = heads_split(kv_heads, world_size)
-    weight, adapter = layer(kv_heads * head_dim, 32, "merged")
+    weight, adapter = layer(kv_heads * HEAD_DIM, 32, "merged")
     whole = rebuild_weight(NAME, weight, adapter, fmt, SCALING, "merged")
     ranks = [rebuilt(weight, adapter, split, rank, fmt, "merged") for rank in range(world_size)]
     joined = join_codes([(shard, codes) for shard, codes, _ in ranks])  # type: ignore[misc]
@@ -87,7 +86,7 @@ def test_key_heads_fewer_than_ranks_are_replicated(
     for rank, (shard, _, dense) in enumerate(ranks):
         heads = max(1, kv_heads // world_size)
         first = rank // replicas * heads
-        assert shard.rows == (first * head_dim, (first + heads) * head_dim)
+        assert shard.rows == (first * HEAD_DIM, (first + heads) * HEAD_DIM)
         assert torch.equal(dense, whole[slice(*shard.rows)])
 
 
