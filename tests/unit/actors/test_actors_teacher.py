@@ -158,6 +158,8 @@ def test_a_teacher_spread_over_places_answers_as_a_whole_one_does(
     head lies where the embedding does, far from the last layer."""
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.float32)
     model.config.tie_word_embeddings = tied
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).clone())
     model.generation_config = GenerationConfig()
     model.save_pretrained(tmp_path)
     whole_model = AutoModelForCausalLM.from_pretrained(tmp_path)
