@@ -1,14 +1,26 @@
-"""What is asked of an engine in test_vllm_engine.py; the same for vLLM (in a process of its own) and for transformers."""
+"""What is asked of an engine in tests/engine and tests/gpu; the same for vLLM (in a process of its own) and for
+transformers."""
 
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from raydistill.actors.engine import Completion, SamplingSettings
 from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
+from raydistill.config import AdapterSection, QuantSection, StudentSection
 from raydistill.messages import StudentWeights, TokenRows
-from raydistill.models import StudentSpec
+from raydistill.models import StudentSpec, build_student, eos_ids
+from raydistill.quant.student import adapter_state
 
 ENVIRONMENT = ENGINE_ENVIRONMENT | CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 MAX_NEW_TOKENS = 48
@@ -29,6 +41,7 @@ class Scenario:
     eos_ids: tuple[int, ...]
     sampled_ids: int | None = None
     tensor_parallel_size: int = 1
+    num_gpus: float = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +82,74 @@ def sample_orders(engine: Any, prompts: TokenRows) -> dict[str, list[Completion]
         "alone": alone,
         "other seeds": engine.sample(prompts, SAMPLED, [seed + 1 for seed in seeds]),
     }
+
+
+def make_scenario(name: str, world: Any, spec: StudentSpec, **more: Any) -> Scenario:
+    """A student of the tiny world's model with prompts and probes of its validation rows."""
+    from transformers import AutoTokenizer
+
+    from raydistill.demo.tokenizer import encode_chats
+
+    tokenizer = AutoTokenizer.from_pretrained(world.teacher_folder)
+    chats = [json.loads(line)["messages"] for line in world.validation_path.read_text().splitlines()]
+    pairs = encode_chats(tokenizer, chats)
+    return Scenario(
+        name=name,
+        spec=spec,
+        versions=versions_of(spec),
+        prompts=TokenRows.from_rows([prompt for prompt, _ in pairs[:12]]),
+        # The prompts themselves, continued: a stale prefix cache would answer for them.
+        probes=TokenRows.from_rows([prompt + completion for prompt, completion in pairs[:12]]),
+        eos_ids=eos_ids(world.teacher_folder, tokenizer),
+        **more,
+    )
+
+
+def make_spec(model: Path, **kind: Any) -> StudentSpec:
+    return StudentSpec(
+        student=StudentSection(model=str(model), dtype=kind["dtype"]),
+        quant=QuantSection(format=kind["format"]),
+        adapter=AdapterSection(mode=kind["mode"], rank=4, alpha=8),
+    )
+
+
+def versions_of(spec: StudentSpec) -> tuple[StudentWeights, ...]:
+    """The start, and two versions that are far from it and from each other."""
+    start = adapter_state(build_student(spec))
+    versions = [start]
+    for version in (1, 2):
+        generator = torch.Generator().manual_seed(version)
+        noise = {key: torch.randn(value.shape, generator=generator) for key, value in start.items()}
+        scale = 0.02 if spec.adapter.mode == "none" else 0.2
+        versions.append({key: value + scale * noise[key] for key, value in start.items()})
+    if spec.student.dtype == "bfloat16":  # DeepSpeed trains and publishes such values
+        versions = [{key: value.bfloat16().float() for key, value in state.items()} for state in versions]
+    return tuple(
+        StudentWeights(version=number, tensors={key: value.numpy() for key, value in state.items()}, probe=None)
+        for number, state in enumerate(versions)
+    )
+
+
+def play_in_a_process(
+    scenarios: Sequence[Scenario], folder: Path, environment: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """name -> what vLLM said in that scenario. A last scenario of several ranks ends with a killed one, and then says how the
+    process took it."""
+    questions, results = folder / "scenarios.pkl", folder / "results.pkl"
+    questions.write_bytes(pickle.dumps(list(scenarios)))
+    script = str(Path(__file__).with_name("vllm_worker_process.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(questions), str(results)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    ended_at = time.time()
+    assert results.exists(), done.stderr[-3000:]
+    played: dict[str, dict[str, Any]] = pickle.loads(results.read_bytes())
+    for name, found in played.items():
+        assert "error" not in found, f"{name}: {found['error']}"
+    played[scenarios[-1].name] |= {"ended_at": ended_at, "exit_status": done.returncode}
+    return played

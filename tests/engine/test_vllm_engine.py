@@ -5,12 +5,6 @@ by the trainer's own function.
 """
 
 import asyncio
-import json
-import os
-import pickle
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +13,27 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from engine_questions import ENVIRONMENT, LONG_GREEDY, MAX_NEW_TOKENS, SAMPLED, Answers, Scenario, ask
+from engine_questions import (
+    ENVIRONMENT,
+    LONG_GREEDY,
+    MAX_NEW_TOKENS,
+    SAMPLED,
+    Answers,
+    Scenario,
+    ask,
+    make_scenario,
+    make_spec,
+    play_in_a_process,
+)
 
 from raydistill.actors.engine import Completion
 from raydistill.actors.hf_engine import HfEngine
 from raydistill.actors.rollout import EngineSpec, RolloutActor
-from raydistill.config import AdapterSection, Config, QuantSection, RolloutSection, StudentSection
+from raydistill.config import Config, RolloutSection
 from raydistill.errors import StaleWeightsError
 from raydistill.loop import DistillationLoop
 from raydistill.messages import LoadReport, ProbeAnswers, StepOutcome, StudentWeights, TokenRows
-from raydistill.models import StudentSpec, build_student, eos_ids
+from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live
 from raydistill.quant.hashing import hash_tensors
 from raydistill.quant.student import adapter_state, load_adapter_state
@@ -49,50 +54,16 @@ QUANTIZED = [name for name, kind in SCENARIOS.items() if kind["format"] != "none
 
 
 def spec_of(name: str, model: Path) -> StudentSpec:
-    kind = SCENARIOS[name]
-    return StudentSpec(
-        student=StudentSection(model=str(model), dtype=kind["dtype"]),  # type: ignore[arg-type]
-        quant=QuantSection(format=kind["format"]),  # type: ignore[arg-type]
-        adapter=AdapterSection(mode=kind["mode"], rank=4, alpha=8),  # type: ignore[arg-type]
-    )
-
-
-def versions_of(spec: StudentSpec) -> tuple[StudentWeights, ...]:
-    """The start, and two versions that are far from it and from each other."""
-    start = adapter_state(build_student(spec))
-    versions = [start]
-    for version in (1, 2):
-        generator = torch.Generator().manual_seed(version)
-        noise = {key: torch.randn(value.shape, generator=generator) for key, value in start.items()}
-        scale = 0.02 if spec.adapter.mode == "none" else 0.2
-        versions.append({key: value + scale * noise[key] for key, value in start.items()})
-    if spec.student.dtype == "bfloat16":  # DeepSpeed trains and publishes such values
-        versions = [{key: value.bfloat16().float() for key, value in state.items()} for state in versions]
-    return tuple(
-        StudentWeights(version=number, tensors={key: value.numpy() for key, value in state.items()}, probe=None)
-        for number, state in enumerate(versions)
-    )
+    return make_spec(model, **SCENARIOS[name])
 
 
 @pytest.fixture(scope="module")
 def scenarios(tiny_world: Any) -> dict[str, Scenario]:
-    from transformers import AutoTokenizer
-
-    from raydistill.demo.tokenizer import encode_chats
-
-    model = tiny_world.teacher_folder
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    chats = [json.loads(line)["messages"] for line in tiny_world.validation_path.read_text().splitlines()]
-    pairs = encode_chats(tokenizer, chats)
     return {
-        name: Scenario(
-            name=name,
-            spec=spec_of(name, model),
-            versions=versions_of(spec_of(name, model)),
-            prompts=TokenRows.from_rows([prompt for prompt, _ in pairs[:12]]),
-            # The prompts themselves, continued: a stale prefix cache would answer for them.
-            probes=TokenRows.from_rows([prompt + completion for prompt, completion in pairs[:12]]),
-            eos_ids=eos_ids(model, tokenizer),
+        name: make_scenario(
+            name,
+            tiny_world,
+            spec_of(name, tiny_world.teacher_folder),
             sampled_ids=FEW_IDS if name == "unquantized" else None,
             tensor_parallel_size=2 if name == "sharded" else 1,
         )
@@ -103,30 +74,8 @@ def scenarios(tiny_world: Any) -> dict[str, Scenario]:
 @pytest.fixture(scope="module")
 def vllm(scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """name -> what vLLM said in that scenario."""
-    folder = tmp_path_factory.mktemp("vllm")
-    questions, results = folder / "scenarios.pkl", folder / "results.pkl"
-    questions.write_bytes(pickle.dumps(list(scenarios.values())))
-    script = str(Path(__file__).with_name("vllm_worker_process.py"))
-    # It ends with a killed rank; what it was to answer is there by then.
-    done = subprocess.run(
-        [sys.executable, script, str(questions), str(results)],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    ended_at = time.time()
-    assert results.exists(), done.stderr[-3000:]
-    played = pickle.loads(results.read_bytes())
-    played["sharded"] |= {"ended_at": ended_at, "exit_status": done.returncode}
-
-    def of(name: str) -> dict[str, Any]:
-        assert "error" not in played[name], played[name]["error"]
-        found: dict[str, Any] = played[name]
-        return found
-
-    return of
+    played = play_in_a_process(list(scenarios.values()), tmp_path_factory.mktemp("vllm"), ENVIRONMENT)
+    return played.__getitem__
 
 
 @pytest.fixture(scope="module")
