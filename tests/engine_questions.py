@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from raydistill.actors.engine import Completion, SamplingSettings
@@ -115,7 +116,9 @@ def make_spec(model: Path, **kind: Any) -> StudentSpec:
 
 def versions_of(spec: StudentSpec) -> tuple[StudentWeights, ...]:
     """The start, and two versions that are far from it and from each other."""
-    start = adapter_state(build_student(spec))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # A starts at random
+        start = adapter_state(build_student(spec))
     versions = [start]
     for version in (1, 2):
         generator = torch.Generator().manual_seed(version)
@@ -151,5 +154,14 @@ def play_in_a_process(
     played: dict[str, dict[str, Any]] = pickle.loads(results.read_bytes())
     for name, found in played.items():
         assert "error" not in found, f"{name}: {found['error']}"
-    played[scenarios[-1].name] |= {"ended_at": ended_at, "exit_status": done.returncode}
+    last = played[scenarios[-1].name]
+    last |= {"ended_at": ended_at, "exit_status": done.returncode, "alive": survivors(last["ranks"], 20)}
     return played
+
+
+def survivors(pids: Sequence[int], timeout_s: float) -> list[int]:
+    """Those of the processes that still run after the time they are given to end."""
+    deadline = time.monotonic() + timeout_s
+    while (alive := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return alive
