@@ -16,19 +16,19 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
+from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 
 os.environ.update(ENGINE_ENVIRONMENT | CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: E402
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 
-from raydistill.config import AdapterSection, QuantSection, RolloutSection, StudentSection  # noqa: E402
-from raydistill.messages import StudentWeights, TokenRows  # noqa: E402
-from raydistill.models import StudentSpec, build_student, quantizable_weights  # noqa: E402
-from raydistill.quant.shards import LayerSplit, heads_split, shard_of  # noqa: E402
-from raydistill.quant.student import adapter_state, rebuild_weight  # noqa: E402
+from raydistill.config import AdapterSection, QuantSection, RolloutSection, StudentSection
+from raydistill.messages import StudentWeights, TokenRows
+from raydistill.models import StudentSpec, build_student, quantizable_weights
+from raydistill.quant.shards import LayerSplit, heads_split, shard_of
+from raydistill.quant.student import adapter_state, rebuild_weight
 
 HEADS, KEY_HEADS = 8, 4
 REPEATS = 5

