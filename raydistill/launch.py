@@ -117,7 +117,7 @@ class Launch:
         import ray
 
         from raydistill.inputs import load_inputs
-        from raydistill.preflight.placement import check_placement
+        from raydistill.preflight.placement import check_placement, largest_node_gpus
         from raydistill.preflight.storage import check_writable
         from raydistill.recovery.resume import find_checkpoint, locked, run_folder
         from raydistill.results.recorded import recorded
@@ -129,7 +129,7 @@ class Launch:
         self._findings = self._examine(inputs)
         self._folder = run_folder(config, inputs.data.fingerprint)
         start_cluster(config)
-        check_placement(config, ray.cluster_resources())
+        check_placement(config, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
         self._seconds["checks"] = time.time() - start
         with locked(self._folder):
             point = find_checkpoint(self._folder)

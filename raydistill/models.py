@@ -6,6 +6,7 @@ torch); the driver's checks before a run use `model_files` alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
-from raydistill.errors import ModelError
+from raydistill.errors import ModelError, ResourceError
 from raydistill.quant.formats import WeightFormat
 from raydistill.quant.student import LoraSettings, prepare_student, quantizable_modules
 
 transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS_SHARE = 0.85  # of a GPU's free memory, where a model is spread over several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +60,62 @@ class StudentSpec:
         return LoraSettings(rank=a.rank, alpha=a.alpha, dropout=a.dropout, targets=a.targets)
 
 
-def load_causal_lm(section: StudentSection | TeacherSection, field: str, device: str = "cpu") -> nn.Module:
-    """A transformers causal language model in eval mode on `device`; ModelError names the config field."""
+def load_causal_lm(
+    section: StudentSection | TeacherSection,
+    field: str,
+    device: str = "cpu",
+    max_memory: Mapping[int | str, int] | None = None,
+) -> nn.Module:
+    """A transformers causal language model in eval mode; ModelError names the config field.
+
+    On `device`, or layer by layer over the devices of `max_memory` (GPU number -> bytes it may take): accelerate's hooks
+    then move activations from device to device, and input may come from any of them.
+    """
+    spread = {} if max_memory is None else {"device_map": "auto", "max_memory": dict(max_memory)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             section.model,
             dtype=DTYPES[section.dtype],
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
+            **spread,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{field}={section.model!r} cannot be loaded as a causal language model: {reason}") from error
-    return model.to(device).eval()
+    if max_memory is None:
+        return model.to(device).eval()
+    if outside := {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {
+        str(place) for place in max_memory
+    }:
+        # accelerate would go on from the host's memory and the disk, a hundred times slower
+        raise ModelError(
+            f"{field}={section.model!r} does not fit {len(max_memory)} devices with {sum(max_memory.values()) / 2**30:.3g} "
+            f"GiB for it together (the rest went to {', '.join(sorted(outside))}); raise "
+            f"{field.partition('.')[0]}.num_gpus or choose a smaller model"
+        )
+    return model.eval()
+
+
+def memory_to_fill(num_gpus: float, free: Sequence[int]) -> dict[int | str, int] | None:
+    """Bytes of weights that a model may put on each GPU of an actor that booked `num_gpus` of them; None where one device
+    (or the CPU) holds it whole. free: bytes free on each visible GPU.
+
+    The rest of each is for activations and logits.
+    """
+    if num_gpus <= 1:
+        return None
+    if len(free) < num_gpus:
+        raise ResourceError(
+            f"teacher.num_gpus={num_gpus:g}, but the actor sees {len(free)} GPUs: start its node's Ray with as many as the "
+            "machine has, or lower the field"
+        )
+    return {gpu: int(free[gpu] * WEIGHTS_SHARE) for gpu in range(int(num_gpus))}
+
+
+def free_gpu_memory() -> list[int]:
+    """Bytes free on each GPU that this process sees."""
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
 
 
 def build_student(spec: StudentSpec, device: str = "cpu") -> nn.Module:

@@ -77,7 +77,10 @@ class SequenceBatch:
 
 
 class CompletionModel(nn.Module):
-    """A causal language model whose forward returns logits [N, V] (or hidden states [N, H]) at completion positions."""
+    """A causal language model whose forward returns logits [N, V] (or hidden states [N, H]) at completion positions.
+
+    A model may be spread over devices (accelerate's hooks move what goes in): each result lies where its last layer does.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -86,7 +89,9 @@ class CompletionModel(nn.Module):
     def hidden(self, batch: SequenceBatch) -> Tensor:
         """[N, H]: the final hidden state at the position before each completion token."""
         output = self.model.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
-        return select_completion_hidden(output.last_hidden_state, batch.prompt_lengths_B, batch.completion_lengths_B)
+        hidden_BTH = output.last_hidden_state
+        lengths = (batch.prompt_lengths_B.to(hidden_BTH.device), batch.completion_lengths_B.to(hidden_BTH.device))
+        return select_completion_hidden(hidden_BTH, *lengths)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V], with the soft cap of models that have one (Gemma 2)."""
@@ -99,13 +104,16 @@ class CompletionModel(nn.Module):
         return self.logits(self.hidden(batch))
 
     @torch.no_grad()
-    def check_head(self, field: str) -> None:
-        """ModelError if decoder + head is not this architecture's whole forward (some scale their logits)."""
-        device = next(self.model.parameters()).device
+    def check_head(self, field: str, device: str | torch.device | None = None) -> None:
+        """ModelError if decoder + head is not this architecture's whole forward (some scale their logits).
+
+        device: where its input goes; needed for a model that is spread over devices.
+        """
+        device = next(self.model.parameters()).device if device is None else device
         ids = TokenRows.from_rows([[0, 1]]), TokenRows.from_rows([[1, 0]])
         batch = SequenceBatch.of(*ids, device)
         whole = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits[0, 1:3].float()
-        ours = self(batch).float()
+        ours = self(batch).float().to(whole.device)
         if not torch.allclose(whole, ours, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
             raise ModelError(
                 f"{field}: {type(self.model).__name__} changes its logits after the head in a way raydistill does not "

@@ -12,6 +12,18 @@ from raydistill.config import Config
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many CUDA devices."""
+    for item in items:
+        if markers := list(item.iter_markers("gpu")):
+            import torch
+
+            needed, there = max(marker.kwargs.get("num", 1) for marker in markers), torch.cuda.device_count()
+            if there < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, torch sees {there}"))
+
+
 RECIPE: dict[str, Any] = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "num_steps": 60, "batch_size": 16}
 """About 0.2 million parameters; head_dim stays 32, which vLLM needs on CPU. Half-trained: it has something to lose."""
 

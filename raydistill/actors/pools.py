@@ -29,6 +29,7 @@ from raydistill.preflight.placement import ROLE_SHARE
 from raydistill.roles import Handle, Sampled
 
 MAX_NAMESAKES = 100
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # Ray hides no GPU from an actor that booked none: it would take one unbooked
 START_TIMEOUT_S = 900.0  # reading a large model from a cold disk
 
 
@@ -62,7 +63,8 @@ def start_actor(actor_class: Any, options: dict[str, Any], name: str, *args: Any
 
 
 def torch_environment(section: TeacherSection | EvaluationSection) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if section.num_gpus == 0 else {}
+    shared = {"TOKENIZERS_PARALLELISM": "false"}
+    return shared | NO_GPU | {"OMP_NUM_THREADS": "1"} if section.num_gpus == 0 else shared
 
 
 class RolloutPool:
@@ -71,7 +73,9 @@ class RolloutPool:
     def __init__(self, section: RolloutSection, by_role: bool = False) -> None:
         environment = dict(ENGINE_ENVIRONMENT)
         if section.num_gpus == 0:
-            environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(section.kv_cache_gib)))}
+            environment |= (
+                NO_GPU | CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(section.kv_cache_gib)))}
+            )
         self._section = section
         self._options = actor_options("rollout", section, environment, by_role)
         self._pool: ActorPool[Any] = ActorPool(

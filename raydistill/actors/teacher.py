@@ -11,14 +11,15 @@ from torch import Tensor
 from raydistill.config import ObjectiveSection, TeacherSection
 from raydistill.data.collate import micro_batches
 from raydistill.messages import Samples, Scored, Span, StageReport, TeacherDense, TeacherTarget, TeacherTopK
-from raydistill.models import default_device, load_causal_lm
+from raydistill.models import default_device, free_gpu_memory, load_causal_lm, memory_to_fill
 from raydistill.tensors import CompletionModel, SequenceBatch
 
 LOGITS_ROWS = 4096  # completion positions per full-vocabulary block: 2.5 GB of float32 at V = 152k
 
 
 class TeacherActor:
-    """One copy of the teacher. `start` loads it, `score` answers; calls run one after another."""
+    """One copy of the teacher, on one device or spread over the GPUs that the actor booked. `start` loads it, `score`
+    answers; calls run one after another."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -34,8 +35,9 @@ class TeacherActor:
         self._section, self._objective, self._vocab_size = section, objective, vocab_size
         if self._model is None or self._held != section:
             self._model, self._held = None, section  # two teachers at once may not fit
-            self._model = CompletionModel(load_causal_lm(section, "teacher.model", self._device))
-            self._model.check_head("teacher.model")
+            bounds = memory_to_fill(section.num_gpus, free_gpu_memory())
+            self._model = CompletionModel(load_causal_lm(section, "teacher.model", self._device, bounds))
+            self._model.check_head("teacher.model", self._device)
         return type(self._model.model).__name__
 
     def score(self, samples: Samples) -> tuple[StageReport, Scored]:

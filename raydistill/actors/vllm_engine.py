@@ -1,12 +1,19 @@
 """vLLM as the sampling engine: in-process, one failure domain, weights rebuilt or adapters swapped in place.
 
-Imported inside rollout actors only: vLLM changes process-wide state (threads, seeds).
+Imported inside rollout actors only: vLLM changes process-wide state (threads, seeds). Under tensor parallelism the
+engine's ranks are processes of their own, below this one; they share its fate in both directions.
 """
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -17,9 +24,11 @@ from raydistill.config import RolloutSection
 from raydistill.messages import FinishReason, StudentWeights, TokenRows
 from raydistill.models import DTYPES, StudentSpec
 
+log = logging.getLogger(__name__)
 BLOCK_SIZE = 32  # CPU attention wants a multiple of 32
 # One processor for the whole batch: allowed_token_ids would send a list as long as the vocabulary with every request.
 SAMPLED_IDS = "raydistill.actors.vllm_worker:SampledIds"
+DEATH_SHOWS_S = 5.0  # an error that a rank's death causes may arrive before the death itself is seen
 
 
 class VllmEngine:
@@ -55,10 +64,14 @@ class VllmEngine:
             }
         if os.environ.get("VLLM_TARGET_DEVICE") != "cpu" and section.num_gpus > 0:
             options["gpu_memory_utilization"] = section.gpu_memory_utilization
-            options["tensor_parallel_size"] = section.tensor_parallel_size
         else:
             options["enforce_eager"] = True
             options["block_size"] = BLOCK_SIZE
+        if section.tensor_parallel_size > 1:
+            # Left alone, vLLM would book actors of its own where this one runs in a placement group.
+            options["distributed_executor_backend"] = "mp"
+            options["tensor_parallel_size"] = section.tensor_parallel_size
+        before = set(multiprocessing.active_children())
         self._llm = LLM(
             model=spec.model,
             dtype=spec.student.dtype,
@@ -71,16 +84,24 @@ class VllmEngine:
             worker_extension_cls="raydistill.actors.vllm_worker.StudentWorkerExtension",
             **options,
         )
-        self._llm.collective_rpc("hold_student", args=(spec,))
+        self._ranks = [child for child in multiprocessing.active_children() if child not in before]
+        self._is_closing = threading.Event()
+        if self._ranks:
+            threading.Thread(target=_die_with, args=(self._ranks, self._is_closing), daemon=True).start()
+        with self._shared_fate():
+            self.weights_kept: list[int] = self._llm.collective_rpc("hold_student", args=(spec,))  # by rank
 
     def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
         """See `Engine.load`. No request is in flight: the actor's calls run one after another."""
-        answers = self._llm.collective_rpc("load_student", args=(weights.version, weights.tensors, want_codes))
-        if len(set(answers)) != 1:
-            raise RuntimeError(f"the engine's workers hold different weights: {answers}")
-        self._llm.reset_prefix_cache()
+        arguments = (weights.version, weights.tensors, want_codes)
+        with self._shared_fate():
+            answers = self._llm.collective_rpc("load_student", args=arguments)
+            self._llm.reset_prefix_cache()
+        if len({weights_hash for weights_hash, _ in answers}) != 1:
+            raise RuntimeError(f"the engine's ranks hold different weights: {answers}")
         self._version = weights.version
-        return answers[0]
+        first: tuple[str, str | None] = answers[0]
+        return first
 
     def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
         """See `Engine.sample`."""
@@ -125,15 +146,38 @@ class VllmEngine:
             number = self._version + 1
             lora = LoRARequest(lora_name=f"version-{number}", lora_int_id=number, lora_path="held-in-memory")
         prompts = [{"prompt_token_ids": row.tolist()} for row in rows.rows()]
-        return self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+        with self._shared_fate():
+            outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+        return outputs
+
+    @contextmanager
+    def _shared_fate(self) -> Iterator[None]:
+        """An error that comes of a rank's death is none to report: this process ends, and a pool replaces a dead actor."""
+        try:
+            yield
+        except Exception:
+            if wait([rank.sentinel for rank in self._ranks], DEATH_SHOWS_S) if self._ranks else False:
+                threading.Event().wait()  # until `_die_with` has its turn
+            raise
 
     def close(self) -> None:
         """Free the engine; another one may follow in the same process."""
         import gc
 
+        self._is_closing.set()
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
+
+
+def _die_with(ranks: Sequence[BaseProcess], is_closing: threading.Event) -> None:
+    """End this process and the other ranks as soon as one has ended: they would wait for it, some of them for ever."""
+    wait([rank.sentinel for rank in ranks])
+    if not is_closing.is_set():
+        log.error("a rank of the tensor parallel engine died; the rollout actor ends with it")
+        for rank in ranks:
+            rank.kill()
+        os._exit(1)
 
 
 def _finish(reason: str | None) -> FinishReason:

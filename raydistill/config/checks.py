@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from raydistill.config.schema import (
         AdapterSection,
         Config,
+        EvaluationSection,
         ObjectiveSection,
         QuantSection,
         RolloutSection,
+        TeacherSection,
         TrainerSection,
         WorldSection,
     )
@@ -69,14 +71,48 @@ def check_rollout(rollout: RolloutSection) -> None:
             f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs rollout.engine='vllm', not 'hf'; "
             "set it to 1 or change the engine"
         )
-    if rollout.tensor_parallel_size > 1 and rollout.num_gpus != rollout.tensor_parallel_size:
+    if rollout.tensor_parallel_size > 1 and rollout.num_gpus not in (0, rollout.tensor_parallel_size):
         raise ValueError(
             f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs rollout.num_gpus="
-            f"{rollout.tensor_parallel_size} for each actor, not {rollout.num_gpus:g}; change one of the two"
+            f"{rollout.tensor_parallel_size} for each actor (or 0: on CPUs), not {rollout.num_gpus:g}; change one of the two"
+        )
+    if rollout.tensor_parallel_size == 1 and rollout.num_gpus > 1:
+        way_out = (
+            "use 1, or rollout.engine='vllm'" if rollout.engine == "hf" else "set both to the same number, or use 1"
+        )
+        raise ValueError(
+            f"rollout.num_gpus={rollout.num_gpus:g} with rollout.tensor_parallel_size=1: one engine would use one of them; "
+            f"{way_out}"
+        )
+
+
+def check_teacher(teacher: TeacherSection) -> None:
+    if teacher.num_gpus > 1 and teacher.num_gpus != int(teacher.num_gpus):
+        raise ValueError(
+            f"teacher.num_gpus={teacher.num_gpus:g} is neither a share of one GPU nor a number of GPUs; use "
+            f"{int(teacher.num_gpus)} or {int(teacher.num_gpus) + 1}, or at most 1 to share a GPU"
+        )
+
+
+def check_evaluation(evaluation: EvaluationSection) -> None:
+    if evaluation.num_gpus > 1:
+        raise ValueError(
+            f"evaluation.num_gpus={evaluation.num_gpus:g}: the evaluation actor holds the student on one device; use 1 or a "
+            "share of one"
         )
 
 
 def check_trainer(trainer: TrainerSection) -> None:
+    if trainer.num_gpus > 1:
+        raise ValueError(
+            f"trainer.num_gpus={trainer.num_gpus:g}: one worker drives one GPU; use 1 and set trainer.num_workers to the "
+            "number of GPUs (trainer.zero_stage=3 splits the student over them)"
+        )
+    if trainer.num_workers > 1 and 0 < trainer.num_gpus <= 0.5:
+        raise ValueError(
+            f"trainer.num_gpus={trainer.num_gpus:g} with trainer.num_workers={trainer.num_workers}: NCCL refuses two workers "
+            "on one GPU; use 1 for each (more than 0.5 if another role shares it), or one worker"
+        )
     per_round = trainer.num_workers * trainer.sequences_per_micro_batch
     fitting = max(per_round, trainer.sequences_per_step - trainer.sequences_per_step % per_round)
     if trainer.sequences_per_step % trainer.num_workers:

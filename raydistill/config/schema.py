@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from raydistill.config.checks import (
     check_adapter,
+    check_evaluation,
     check_objective,
     check_quant,
     check_rollout,
+    check_teacher,
     check_trainer,
     check_tree,
     check_world,
@@ -84,9 +86,16 @@ class TeacherSection(Section):
     dtype: Dtype = Field("bfloat16", description="precision of the teacher's forward pass")
     trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
     num_actors: PositiveInt = Field(1, description="teacher actors, each with a full copy of the teacher")
-    num_gpus: float = Field(0, ge=0, description="GPUs of one teacher actor (fractions share a device)")
+    num_gpus: float = Field(
+        0, ge=0, description="GPUs of one teacher actor: a share of one, or a number over which its layers are spread"
+    )
     num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray books for one teacher actor")
     batch_tokens: PositiveInt = Field(16384, description="tokens (padding counted) of one teacher forward pass")
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherSection:
+        check_teacher(self)
+        return self
 
 
 class DataSection(Section):
@@ -191,9 +200,12 @@ class RolloutSection(Section):
     num_actors: PositiveInt = Field(1, description="rollout actors, each with a full student")
     num_gpus: float = Field(0, ge=0, description="GPUs of one rollout actor (tensor_parallel_size, or a fraction)")
     num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray books for one rollout actor")
-    tensor_parallel_size: PositiveInt = Field(1, description="GPUs over which one engine splits the student")
+    tensor_parallel_size: PositiveInt = Field(
+        1,
+        description="ranks over which one engine splits the student: its GPUs, or with num_gpus = 0 processes on CPUs",
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="share of a GPU vLLM takes")
-    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of KV cache of one vLLM engine on a CPU machine")
+    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of KV cache of each rank of a vLLM engine on CPUs")
     temperature: float = Field(1.0, ge=0, description="sampling temperature, 0 is greedy (loss: objective.temperature)")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; below 1 cuts rare tokens")
     min_new_tokens: int = Field(0, ge=0, description="EOS is not sampled before this many tokens")
@@ -210,7 +222,7 @@ class TrainerSection(Section):
     """The data-parallel trainer: its workers, the batch, the optimizer."""
 
     num_workers: PositiveInt = Field(1, description="Ray Train workers (data-parallel ranks)")
-    num_gpus: float = Field(0, ge=0, description="GPUs of one worker; 0 trains on CPU with gloo")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one worker, at most 1; 0 trains on CPU with gloo")
     num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray books for one worker")
     num_steps: PositiveInt = Field(1000, description="optimizer steps")
     sequences_per_step: PositiveInt = Field(32, description="sequences of one optimizer step, all workers together")
@@ -254,10 +266,15 @@ class EvaluationSection(Section):
 
     eval_every: PositiveInt = Field(50, description="evaluate after every so many steps (and at start and end)")
     num_actors: Literal[1] = Field(1, description="actors that score held-out rows beside training")
-    num_gpus: float = Field(0, ge=0, description="GPUs of the evaluation actor")
+    num_gpus: float = Field(0, ge=0, description="GPUs of the evaluation actor, at most 1")
     num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray books for the evaluation actor")
     exact_match: Literal["off", "final_number"] = Field("off", description="generate and compare the final number")
     max_new_tokens: PositiveInt = Field(128, description="tokens generated per row for exact_match")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSection:
+        check_evaluation(self)
+        return self
 
 
 class CheckpointSection(Section):

@@ -60,6 +60,7 @@ def check_models(config: Config) -> ModelFacts:
             f"{max_length} or choose a model with more"
         )
     _check_layers(config)
+    _check_ranks(config, model_config)
     return ModelFacts(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -67,6 +68,19 @@ def check_models(config: Config) -> ModelFacts:
         eos_ids=_eos_ids("student.model", student, tokenizer),
         max_length=max_length,
     )
+
+
+def _check_ranks(config: Config, model_config: Any) -> None:
+    """Attention heads divide over the ranks of an engine; vLLM would say so after minutes."""
+    ranks, shape = config.rollout.tensor_parallel_size, model_config.get_text_config()
+    queries = shape.num_attention_heads
+    keys = getattr(shape, "num_key_value_heads", None) or queries
+    if queries % ranks or (keys % ranks and ranks % keys):
+        fitting = [n for n in range(1, queries + 1) if queries % n == 0 and not (keys % n and n % keys)]
+        raise ModelError(
+            f"rollout.tensor_parallel_size={ranks} does not divide student.model's {queries} attention heads ({keys} of keys); "
+            f"use one of {', '.join(map(str, fitting))}"
+        )
 
 
 def _read(model: str, field: str, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ CUDA context, the allocator's slack and Ray's own processes come on top. A mixtu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Mode = Literal["merged", "served", "none"]
@@ -155,8 +155,10 @@ def rollout_memory(
 
     vLLM: weights P b / tp, dense, whatever the format's bits: the served weights are dequantized codes. KV cache: on a GPU
     that of all the batch's sequences at their longest / tp (vLLM fills rollout.gpu_memory_utilization in any case), on a CPU
-    rollout.kv_cache_gib. The served adapter has its A and B once more in b. On the host of each of the tp workers: W of the
-    quantizable layers in b, the last A and B in float32, one layer's rebuild.
+    rollout.kv_cache_gib of each rank. The served adapter has its A and B once more in b. One layer's rebuild, where the rank
+    computes: of its 1 / tp of the layer; with tp > 1 vLLM's loader holds two layers (gate and up) whole in b. On the host
+    the ranks together keep W of the quantizable layers in b (a little more where key heads are replicated or a group lies on
+    a border), and each the last A and B in float32; while they start, each reads the whole model.
     hf: the trainer's model without its optimizer; logits of one token of each sequence.
     """
     model, b = student.model, student.weight_bytes
@@ -169,26 +171,36 @@ def rollout_memory(
             Part(name="one layer's rebuild", place=place, bytes=rebuild_bytes(student, place)),
         ]
     served = b * student.trainable if student.mode == "served" else 0
-    cache = key_value_bytes(model, batch.num_tokens, b) if place == "GPU" else cpu_cache_bytes
+    cache = key_value_bytes(model, batch.num_tokens, b) // tensor_parallel if place == "GPU" else cpu_cache_bytes
+    here = 1 if place == "GPU" else tensor_parallel  # ranks whose parts add up: each has a GPU, all share the host
+    rebuild = rebuild_bytes(replace(student, largest_layer=_share(student.largest_layer, tensor_parallel)), place)
+    loader = 2 * b * student.largest_layer if tensor_parallel > 1 else 0
     return [
-        Part(name="weights, dense", place=place, bytes=(model.parameters * b + served) // tensor_parallel),
-        Part(name="KV cache", place=place, bytes=cache // tensor_parallel if place == "GPU" else cache),
-        Part(name="W kept for rebuilding", place="host", bytes=tensor_parallel * student.quantizable * b),
+        Part(name="weights, dense", place=place, bytes=here * (model.parameters * b + served) // tensor_parallel),
+        Part(name="KV cache", place=place, bytes=here * cache),
+        Part(name="one layer's rebuild", place=place, bytes=here * (rebuild + loader)),
+        Part(name="W kept for rebuilding", place="host", bytes=student.quantizable * b),
         Part(name="A and B", place="host", bytes=tensor_parallel * student.trainable * FLOAT32),
-        Part(name="one layer's rebuild", place="host", bytes=tensor_parallel * rebuild_bytes(student, "host")),
     ]
 
 
 def teacher_memory(
-    teacher: ModelSize, weight_bytes: int, batch: Batch, answer: Answer, *, logits_rows: int, place: Place
+    teacher: ModelSize,
+    weight_bytes: int,
+    batch: Batch,
+    answer: Answer,
+    *,
+    logits_rows: int,
+    place: Place,
+    num_devices: int = 1,
 ) -> list[Part]:
-    """One teacher actor: weights P b; one forward pass of the batch; the largest block of logits, min(N, rows) x V x 12
-    bytes (three float32 copies while the softmax is taken); the answers of the batch, N x bytes of one answer, on the device
-    and once more on the host."""
+    """One teacher actor, of several devices the one with the head: weights P b / devices; one forward pass of the batch; the
+    largest block of logits, min(N, rows) x V x 12 bytes (three float32 copies while the softmax is taken); the answers of
+    the batch, N x bytes of one answer, on the device and once more on the host."""
     rows = min(batch.num_completion, logits_rows)
     answers = batch.num_completion * answer.token_bytes
     return [
-        Part(name="weights", place=place, bytes=teacher.parameters * weight_bytes),
+        Part(name="weights", place=place, bytes=_share(teacher.parameters * weight_bytes, num_devices)),
         Part(name="one forward pass", place=place, bytes=forward_bytes(teacher, batch.num_tokens, weight_bytes)),
         Part(name="largest block of logits", place=place, bytes=rows * teacher.vocab_size * SOFTMAX_BYTES),
         Part(name="answers", place=place, bytes=answers),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,8 @@ ROWS_READ = 512
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 SEQUENCES_PER_RANK = 16
 MICRO_BATCHES = (16, 8, 4, 2, 1)
+SPLIT_ROLES: tuple[Literal["teacher", "rollout"], ...] = ("teacher", "rollout")
+ENGINE_WEIGHTS = 0.6  # of a GPU's memory at most, so that vLLM has a cache to work with
 HEADROOM = 0.85  # of a device's memory: contexts and fragmentation are not in the estimate
 
 
@@ -88,11 +90,20 @@ def init_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def split_devices(num_gpus: int) -> Devices:
-    """Half of the GPUs train, the others sample and answer; up to three GPUs are shared out by fractions."""
+def split_devices(num_gpus: int, teacher_gpus: int = 1, rollout_gpus: int = 1) -> Devices:
+    """Half of the GPUs train, the others sample and answer; up to three GPUs are shared out by fractions.
+
+    teacher_gpus, rollout_gpus: what one copy of the teacher and one engine need. ConfigError if there are too few.
+    """
     if num_gpus == 0:
         return Devices(
             rollout=0, rollout_actors=1, teacher=0, teacher_actors=1, trainer=0, trainer_workers=1, evaluation=0
+        )
+    needed = teacher_gpus + rollout_gpus + 1
+    if needed > 3 and num_gpus < needed:
+        raise ConfigError(
+            f"--gpus {num_gpus}: one teacher needs {teacher_gpus}, one rollout engine {rollout_gpus} and the trainer at least "
+            f"1, together {needed}; give more GPUs, larger ones (--gpu-memory-gib), or smaller models"
         )
     if num_gpus == 1:
         return Devices(
@@ -102,17 +113,42 @@ def split_devices(num_gpus: int) -> Devices:
         return Devices(
             rollout=0.5, rollout_actors=1, teacher=0.4, teacher_actors=1, trainer=1, trainer_workers=1, evaluation=0.1
         )
-    teachers = max(1, num_gpus // 4)
-    rollouts = max(1, num_gpus // 4)
-    # The evaluation actor takes a tenth of one teacher's device.
+    teachers = max(1, num_gpus // 4 // teacher_gpus)
+    rollouts = max(1, num_gpus // 4 // rollout_gpus)
+    # The evaluation actor takes a tenth of one device, of a role whose actors have one.
+    sharing = "teacher" if teacher_gpus == 1 else "rollout" if rollout_gpus == 1 else "trainer"
     return Devices(
-        rollout=1,
+        rollout=0.9 if sharing == "rollout" else rollout_gpus,
         rollout_actors=rollouts,
-        teacher=0.9,
+        teacher=0.9 if sharing == "teacher" else teacher_gpus,
         teacher_actors=teachers,
-        trainer=1,
-        trainer_workers=num_gpus - teachers - rollouts,
+        trainer=0.9 if sharing == "trainer" else 1,
+        trainer_workers=num_gpus - teachers * teacher_gpus - rollouts * rollout_gpus,
         evaluation=0.1,
+    )
+
+
+def gpus_for(tree: dict[str, Any], role: Literal["teacher", "rollout"], num_gpus: int, gpu_memory_gib: float) -> int:
+    """GPUs over which one actor of a role has to be split: the fewest at which its weights and what it computes at once fit
+    each of them (of a rollout engine the weights alone: its cache takes what is left). ConfigError if all are too few."""
+    from raydistill.preflight.plan import Speeds, make_plan
+
+    room = gpu_memory_gib * 2**30 * (HEADROOM if role == "teacher" else ENGINE_WEIGHTS)
+    needed, number = 0.0, 1
+    while number <= max(num_gpus, 1):
+        split = {"num_gpus": number} | ({"tensor_parallel_size": number} if role == "rollout" else {})
+        parts = [
+            part
+            for part in make_plan(_validated(tree | {role: tree[role] | split}), Speeds(rates={}))["memory"]
+            if part["role"] == role and part["place"] == "GPU"
+        ]
+        needed = sum(part["bytes"] for part in parts if role == "teacher" or part["name"].startswith("weights"))
+        if needed <= room:
+            return number
+        number *= 2  # attention heads divide by powers of two
+    raise ConfigError(
+        f"one {role} actor needs about {needed / 2**30:.0f} GiB on each of {number // 2} GPUs, there are {room / 2**30:.0f}; "
+        "give more GPUs, larger ones (--gpu-memory-gib), or a smaller model"
     )
 
 
@@ -143,7 +179,7 @@ def make_config(
     model: str, teacher: str | None, data: Path, num_gpus: int, gpu_memory_gib: float, weight_format: str
 ) -> str:
     """The file's text. ConfigError if one sequence does not fit a trainer's device."""
-    devices = split_devices(num_gpus)
+    devices = split_devices(num_gpus)  # as if every model fits one device, until the lengths are known
     dtype = "bfloat16" if num_gpus else "float32"
     tree: dict[str, Any] = {
         "student": {"model": model, "dtype": dtype},
@@ -162,6 +198,17 @@ def make_config(
     lengths = measure_lengths(_validated(tree))
     tree["data"]["max_length"] = lengths.max_length
     tree["rollout"]["max_new_tokens"] = lengths.max_new_tokens
+    if num_gpus:
+        needed = [gpus_for(tree, role, num_gpus, gpu_memory_gib) for role in SPLIT_ROLES]
+        devices = split_devices(num_gpus, *needed)
+        tree["teacher"] |= {"num_actors": devices.teacher_actors, "num_gpus": devices.teacher}
+        ranks = max(1, int(devices.rollout))
+        tree["rollout"] |= {
+            "num_actors": devices.rollout_actors,
+            "num_gpus": devices.rollout,
+            "tensor_parallel_size": ranks,
+        }
+        tree["trainer"] |= {"num_workers": devices.trainer_workers, "num_gpus": devices.trainer}
     tree["objective"] = {"on_policy_fraction": 0.5 if lengths.has_references else 1.0}
     tree["trainer"]["sequences_per_step"] = SEQUENCES_PER_RANK * devices.trainer_workers
     micro, checkpointing = fit_trainer(tree, devices, gpu_memory_gib)
@@ -205,6 +252,9 @@ def _text(
 ) -> str:
     trainer, rollout, teacher = tree["trainer"], tree["rollout"], tree["teacher"]
     where = f"{gpu_memory_gib:g} GiB GPUs" if devices.trainer else "CPU"
+    ranks = rollout.get("tensor_parallel_size", 1)
+    parallel = f"\ntensor_parallel_size = {ranks}  # one GPU is too small for the student" if ranks > 1 else ""
+    spread = "  # one is too small: its layers are spread over them" if teacher["num_gpus"] > 1 else ""
     share = f"\ngpu_memory_utilization = {devices.rollout * 0.9:.2f}" if 0 < devices.rollout < 1 else ""
     named = f"model = {_quoted(teacher['model'])}" if teacher["model"] else "# model: unset, the student's own model"
     fraction = tree["objective"]["on_policy_fraction"]
@@ -227,7 +277,7 @@ dtype = {_quoted(tree["student"]["dtype"])}
 {named}
 dtype = {_quoted(teacher["dtype"])}
 num_actors = {teacher["num_actors"]}
-num_gpus = {teacher["num_gpus"]:g}
+num_gpus = {teacher["num_gpus"]:g}{spread}
 
 [data]
 path = {_quoted(tree["data"]["path"])}
@@ -249,7 +299,7 @@ alpha = 64
 
 [rollout]
 num_actors = {rollout["num_actors"]}
-num_gpus = {rollout["num_gpus"]:g}{share}
+num_gpus = {rollout["num_gpus"]:g}{share}{parallel}
 max_new_tokens = {lengths.max_new_tokens}
 
 [trainer]

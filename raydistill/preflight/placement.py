@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raydistill.config import Config
 from raydistill.errors import ResourceError
@@ -44,8 +46,9 @@ def placement_plan(config: Config) -> list[Demand]:
     return plan
 
 
-def check_placement(config: Config, resources: dict[str, float]) -> None:
-    """ResourceError if the plan needs more than the cluster's `resources`, as `ray.cluster_resources()` gives them."""
+def check_placement(config: Config, resources: dict[str, float], largest_node_gpus: float | None = None) -> None:
+    """ResourceError if the plan needs more than the cluster's `resources`, as `ray.cluster_resources()` gives them, or one
+    actor more GPUs than any node has (None: all GPUs are in one node)."""
     plan = placement_plan(config)
     missing = [d.role for d in plan if d.role in ROLES and d.role not in resources] if config.cluster.by_role else []
     if missing:
@@ -62,3 +65,15 @@ def check_placement(config: Config, resources: dict[str, float]) -> None:
                 f"the run needs {needed:g} {kind}s ({parts}) but the cluster has {there:g}; lower <role>.{field} or "
                 "<role>.num_actors (trainer.num_workers), or add nodes"
             )
+    most = resources.get("GPU", 0.0) if largest_node_gpus is None else largest_node_gpus
+    for demand in plan:
+        if demand.num_gpus > most:
+            raise ResourceError(
+                f"one {demand.role} actor needs {demand.num_gpus:g} GPUs on one node, but the largest node has {most:g}; "
+                f"lower {demand.role}.num_gpus, or add a larger node"
+            )
+
+
+def largest_node_gpus(nodes: Sequence[Mapping[str, Any]]) -> float:
+    """The most GPUs of one living node, of what `ray.nodes()` gives."""
+    return max((node["Resources"].get("GPU", 0.0) for node in nodes if node["Alive"]), default=0.0)

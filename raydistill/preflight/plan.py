@@ -185,6 +185,13 @@ def _notes(config: Config, prompt_tokens: float | None, completion_tokens: float
             f"vLLM takes {rollout.gpu_memory_utilization:.0%} of its GPUs whatever it needs "
             "(rollout.gpu_memory_utilization); the KV cache above is what all sequences at once would fill"
         )
+    several = [
+        role
+        for role, gpus in (("rollout", rollout.num_gpus), ("teacher", config.teacher.num_gpus))
+        if gpus > 1 and role in {d.role for d in placement_plan(config)}
+    ]
+    if several:
+        notes.append(f"{' and '.join(several)}: the GPU parts above are those of each of an actor's GPUs")
     shared = sorted(d.role for d in placement_plan(config) if 0 < d.num_gpus < 1)
     if shared:
         notes.append(f"{', '.join(shared)} may share a GPU with others: add their GPU parts up")

@@ -135,6 +135,7 @@ def memory(
             answer,
             logits_rows=LOGITS_ROWS,
             place=_place(config.teacher.num_gpus),
+            num_devices=max(1, int(config.teacher.num_gpus)),
         )
     return found
 

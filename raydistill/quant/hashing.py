@@ -23,14 +23,27 @@ def hash_tensors(tensors: Mapping[str, np.ndarray | Tensor]) -> str:
 
 def hash_codes(codes: Mapping[str, QuantizedWeight]) -> str:
     """Fingerprint of a quantized student: names (sorted), formats, codes, scales and zero points."""
-    digest = hashlib.sha256()
+    digest = CodesDigest()
     for name in sorted(codes):
-        quantized = codes[name]
-        _update(digest, f"{name} {quantized.fmt.name} codes", quantized.codes_OI)
-        _update(digest, "scale", quantized.scale_OG)
+        digest.add(name, codes[name])
+    return digest.value
+
+
+class CodesDigest:
+    """`hash_codes` one layer at a time, for a side that never holds all codes at once. Add the layers sorted by name."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, quantized: QuantizedWeight) -> None:
+        _update(self._digest, f"{name} {quantized.fmt.name} codes", quantized.codes_OI)
+        _update(self._digest, "scale", quantized.scale_OG)
         if quantized.zero_point_OG is not None:
-            _update(digest, "zero_point", quantized.zero_point_OG)
-    return digest.hexdigest()[:DIGITS]
+            _update(self._digest, "zero_point", quantized.zero_point_OG)
+
+    @property
+    def value(self) -> str:
+        return self._digest.hexdigest()[:DIGITS]
 
 
 def _update(digest: "hashlib._Hash", name: str, values: np.ndarray | Tensor) -> None:

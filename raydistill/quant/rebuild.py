@@ -5,7 +5,7 @@ code, the student that is sampled and shipped. Adapter states are named by Huggi
 and "<module>.lora_B" [O, R]; in mode "none" by parameter: "<module>.weight" and whatever else was trained.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -57,11 +57,24 @@ def rebuild_weights(
     dense weights; with fmt None the unquantized student's. In mode "none" the other trained parameters follow."""
     check_adapter(base_weights, adapter, mode)
     for name, weight in base_weights.items():
-        full = _full_precision(name, weight, adapter, scaling, mode)
-        dense = full if fmt is None else dequantize(quantize(full, fmt, name))
-        yield f"{name}.weight", dense.to(weight.dtype)
+        yield f"{name}.weight", rebuild_weight(name, weight, adapter, fmt, scaling, mode)
     if mode == "none":
-        yield from ((key, value) for key, value in adapter.items() if key.removesuffix(".weight") not in base_weights)
+        yield from other_trained(base_weights, adapter)
+
+
+def rebuild_weight(
+    name: str, weight: Tensor, adapter: Mapping[str, Tensor], fmt: WeightFormat | None, scaling: float, mode: Mode
+) -> Tensor:
+    """One layer of `rebuild_weights`, on W's device."""
+    full = _full_precision(name, weight, adapter, scaling, mode)
+    dense = full if fmt is None else dequantize(quantize(full, fmt, name))
+    return dense.to(weight.dtype)
+
+
+def other_trained(names: Iterable[str], adapter: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What mode "none" trains besides the layers `names`: embeddings, norms, biases."""
+    layers = {f"{name}.weight" for name in names}
+    yield from ((key, value) for key, value in adapter.items() if key not in layers)
 
 
 def _full_precision(name: str, weight: Tensor, adapter: Mapping[str, Tensor], scaling: float, mode: Mode) -> Tensor:

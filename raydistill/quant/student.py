@@ -22,11 +22,19 @@ from raydistill.quant.prepare import (
     quantizable_modules,
     student_form,
 )
-from raydistill.quant.rebuild import Mode, merged_weight, rebuild_codes, rebuild_weights
+from raydistill.quant.rebuild import (
+    Mode,
+    merged_weight,
+    other_trained,
+    rebuild_codes,
+    rebuild_weight,
+    rebuild_weights,
+)
 
 __all__ = [
     "LoraSettings", "Mode", "StudentForm", "adapter_state", "base_weight", "load_adapter_state", "merged_weight",
-    "prepare_student", "quantizable_modules", "rebuild_codes", "rebuild_weights", "student_codes", "student_form",
+    "other_trained", "prepare_student", "quantizable_modules", "rebuild_codes", "rebuild_weight", "rebuild_weights",
+    "student_codes", "student_form",
 ]  # fmt: skip
 
 

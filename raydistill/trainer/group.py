@@ -179,7 +179,10 @@ def worker_environment(config: Config) -> dict[str, str]:
     """Environment of a trainer worker, set before torch is imported."""
     if config.trainer.num_gpus > 0:
         return {"TOKENIZERS_PARALLELISM": "false"}
-    return {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    # Ray hides no GPU from a worker that booked none.
+    return {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""
+    }  # fmt: skip
 
 
 def _silent(limit_s: float) -> LostError:

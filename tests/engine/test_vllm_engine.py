@@ -5,11 +5,6 @@ by the trainer's own function.
 """
 
 import asyncio
-import json
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_questions import ENVIRONMENT, LONG_GREEDY, MAX_NEW_TOKENS, SAMPLED, Answers, Scenario, ask
+from engine_questions import (
+    ENVIRONMENT,
+    LONG_GREEDY,
+    MAX_NEW_TOKENS,
+    SAMPLED,
+    Answers,
+    Scenario,
+    ask,
+    make_scenario,
+    make_spec,
+    play_in_a_process,
+)
 
 from raydistill.actors.engine import Completion
 from raydistill.actors.hf_engine import HfEngine
 from raydistill.actors.rollout import EngineSpec, RolloutActor
-from raydistill.config import AdapterSection, Config, QuantSection, RolloutSection, StudentSection
+from raydistill.config import Config, RolloutSection
 from raydistill.errors import StaleWeightsError
 from raydistill.loop import DistillationLoop
 from raydistill.messages import LoadReport, ProbeAnswers, StepOutcome, StudentWeights, TokenRows
-from raydistill.models import StudentSpec, build_student, eos_ids
+from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live
 from raydistill.quant.hashing import hash_tensors
 from raydistill.quant.student import adapter_state, load_adapter_state
@@ -44,6 +50,7 @@ SCENARIOS = {
     "gemma3": {"mode": "merged", "dtype": "float32", "format": "int4"},
     "gemma3 served": {"mode": "served", "dtype": "float32", "format": "int4"},
     "gemma3 none": {"mode": "none", "dtype": "float32", "format": "int4"},
+    "sharded": {"mode": "merged", "dtype": "float32", "format": "int4"},  # by two ranks; the last, see the process
 }
 FROZEN_CODES = ("served", "gemma3 served", "unquantized")
 FEW_IDS = 60  # in the scenario "unquantized": as if the teacher had no more
@@ -52,52 +59,22 @@ QUANTIZED = [name for name, kind in SCENARIOS.items() if kind["format"] != "none
 
 
 def spec_of(name: str, model: Path) -> StudentSpec:
-    kind = SCENARIOS[name]
-    return StudentSpec(
-        student=StudentSection(model=str(model), dtype=kind["dtype"]),  # type: ignore[arg-type]
-        quant=QuantSection(format=kind["format"]),  # type: ignore[arg-type]
-        adapter=AdapterSection(mode=kind["mode"], rank=4, alpha=8),  # type: ignore[arg-type]
-    )
-
-
-def versions_of(spec: StudentSpec) -> tuple[StudentWeights, ...]:
-    """The start, and two versions that are far from it and from each other."""
-    start = adapter_state(build_student(spec))
-    versions = [start]
-    for version in (1, 2):
-        generator = torch.Generator().manual_seed(version)
-        noise = {key: torch.randn(value.shape, generator=generator) for key, value in start.items()}
-        scale = 0.02 if spec.adapter.mode == "none" else 0.2
-        versions.append({key: value + scale * noise[key] for key, value in start.items()})
-    if spec.student.dtype == "bfloat16":  # DeepSpeed trains and publishes such values
-        versions = [{key: value.bfloat16().float() for key, value in state.items()} for state in versions]
-    return tuple(
-        StudentWeights(version=number, tensors={key: value.numpy() for key, value in state.items()}, probe=None)
-        for number, state in enumerate(versions)
-    )
+    return make_spec(model, **SCENARIOS[name])
 
 
 @pytest.fixture(scope="module")
 def scenarios(tiny_world: Any, architectures: dict[str, Path]) -> dict[str, Scenario]:
     from transformers import AutoTokenizer
 
-    from raydistill.demo.tokenizer import encode_chats
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher_folder)
-    chats = [json.loads(line)["messages"] for line in tiny_world.validation_path.read_text().splitlines()]
-    pairs = encode_chats(tokenizer, chats)
     models = {name: architectures.get(name.split()[0], tiny_world.teacher_folder) for name in SCENARIOS}
-    sampled_ids = {"unquantized": FEW_IDS, "llama": len(tokenizer)}
+    known_ids = {"unquantized": FEW_IDS, "llama": len(AutoTokenizer.from_pretrained(tiny_world.teacher_folder))}
     return {
-        name: Scenario(
-            name=name,
-            spec=spec_of(name, model),
-            versions=versions_of(spec_of(name, model)),
-            prompts=TokenRows.from_rows([prompt for prompt, _ in pairs[:12]]),
-            # The prompts themselves, continued: a stale prefix cache would answer for them.
-            probes=TokenRows.from_rows([prompt + completion for prompt, completion in pairs[:12]]),
-            eos_ids=eos_ids(model, tokenizer),
-            sampled_ids=sampled_ids.get(name),
+        name: make_scenario(
+            name,
+            tiny_world,
+            spec_of(name, model),
+            sampled_ids=known_ids.get(name),
+            tensor_parallel_size=2 if name == "sharded" else 1,
         )
         for name, model in models.items()
     }
@@ -106,27 +83,8 @@ def scenarios(tiny_world: Any, architectures: dict[str, Path]) -> dict[str, Scen
 @pytest.fixture(scope="module")
 def vllm(scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """name -> what vLLM said in that scenario."""
-    folder = tmp_path_factory.mktemp("vllm")
-    questions, results = folder / "scenarios.pkl", folder / "results.pkl"
-    questions.write_bytes(pickle.dumps(list(scenarios.values())))
-    script = str(Path(__file__).with_name("vllm_worker_process.py"))
-    done = subprocess.run(
-        [sys.executable, script, str(questions), str(results)],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    played = pickle.loads(results.read_bytes())
-
-    def of(name: str) -> dict[str, Any]:
-        assert "error" not in played[name], played[name]["error"]
-        found: dict[str, Any] = played[name]
-        return found
-
-    return of
+    played = play_in_a_process(list(scenarios.values()), tmp_path_factory.mktemp("vllm"), ENVIRONMENT)
+    return played.__getitem__
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +143,26 @@ def test_log_probs_agree_within_1e_5_nats_in_float32(name: str, vllm: Any, trans
 def test_log_probs_agree_within_0_05_nats_in_bfloat16(vllm: Any, transformers_answers: Any) -> None:
     for mine, reference in zip(vllm("bfloat16")["answers"], transformers_answers("bfloat16"), strict=True):
         assert mean_gap(mine, reference) < 0.05
+
+
+def test_two_ranks_answer_as_one_does(vllm: Any) -> None:
+    for sharded, alone in zip(vllm("sharded")["answers"], vllm("merged")["answers"], strict=True):
+        assert (sharded.weights_hash, sharded.codes_hash) == (alone.weights_hash, alone.codes_hash)
+        assert mean_gap(sharded, alone) < 1e-5
+        assert ids(sharded.greedy) == ids(alone.greedy)
+
+
+def test_each_rank_keeps_its_share_of_the_weights(vllm: Any) -> None:
+    (whole,) = vllm("merged")["weights_kept"]
+    assert vllm("sharded")["weights_kept"] == [whole // 2, whole // 2]
+
+
+def test_the_engines_process_ends_with_a_rank_that_is_killed_and_takes_the_others_along(vllm: Any) -> None:
+    sharded = vllm("sharded")
+    assert sharded["exit_status"] == 1
+    assert sharded["ended_at"] - sharded["killed_at"] < 30
+    assert len(sharded["ranks"]) == 2
+    assert sharded["alive"] == []
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from raydistill.actors import teacher as teacher_module
 from raydistill.actors.teacher import TeacherActor, top_k_with_tail
 from raydistill.config import ObjectiveSection, TeacherSection
+from raydistill.errors import ModelError, ResourceError
 from raydistill.messages import Samples, TeacherDense, TeacherTopK, TokenRows
+from raydistill.models import load_causal_lm, memory_to_fill
+from raydistill.tensors import CompletionModel
 
 VOCABULARY = 61
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [14, 15], [16] * 9]
@@ -145,3 +148,52 @@ def test_a_teacher_that_is_held_already_is_not_loaded_again(tiny_qwen: Path, mon
     assert loads == []
     actor.start(section.model_copy(update={"dtype": "bfloat16"}), ObjectiveSection(), 50)
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+def test_a_teacher_spread_over_places_answers_as_a_whole_one_does(
+    tiny_qwen: Path, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host and the disk stand for two devices: accelerate moves what lies elsewhere through the same hooks. The tied
+    head lies where the embedding does, far from the last layer."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.float32)
+    model.config.tie_word_embeddings = tied
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).clone())
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(tmp_path)
+    whole_model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    size = sum(p.numel() * p.element_size() for p in whole_model.parameters())
+    bounds: dict[int | str, int] = {"cpu": int(0.8 * size), "disk": 10 * size}
+    monkeypatch.setattr(teacher_module, "memory_to_fill", lambda *_: bounds)
+    spread = start(tmp_path, top_k=8)
+    assert spread._model is not None
+    places = spread._model.model.hf_device_map
+    assert set(places.values()) == {"cpu", "disk"}
+    assert places["lm_head"] == ("cpu" if tied else "disk")
+    monkeypatch.setattr(teacher_module, "memory_to_fill", lambda *_: None)
+    whole = start(tmp_path, top_k=8)
+    one, other = (actor.score(make_samples([0, 1, 2, 3]))[1].target for actor in (spread, whole))
+    assert isinstance(one, TeacherTopK)
+    assert isinstance(other, TeacherTopK)
+    np.testing.assert_array_equal(one.ids_NK, other.ids_NK)
+    np.testing.assert_array_equal(one.logprobs_NK, other.logprobs_NK)
+    np.testing.assert_array_equal(one.tail_logprob_N, other.tail_logprob_N)
+
+
+def test_a_teacher_that_does_not_fit_its_gpus_is_told_so_and_does_not_go_to_the_disk(tiny_qwen: Path) -> None:
+    section = TeacherSection(model=str(tiny_qwen), dtype="float32")
+    with pytest.raises(
+        ModelError, match=r"does not fit 1 devices .* \(the rest went to disk\); raise teacher.num_gpus"
+    ):
+        CompletionModel(load_causal_lm(section, "teacher.model", "cpu", {"cpu": 30_000}))
+
+
+def test_only_a_teacher_of_several_gpus_is_spread_over_them() -> None:
+    free = [1000, 2000, 4000]
+    assert memory_to_fill(0, []) is None
+    assert memory_to_fill(0.5, free) is None
+    assert memory_to_fill(1, free) is None
+    assert memory_to_fill(2, free) == {0: 850, 1: 1700}
+    with pytest.raises(ResourceError, match=r"teacher\.num_gpus=4, but the actor sees 3 GPUs"):
+        memory_to_fill(4, free)

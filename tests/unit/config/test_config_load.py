@@ -249,7 +249,17 @@ COMBINATIONS = [
     ("adapter.targets=[]", ["adapter.targets", "adapter.mode='merged'"]),
     ("rollout.min_new_tokens=200", ["rollout.min_new_tokens=200", "rollout.max_new_tokens=128"]),
     ("rollout.engine=hf rollout.tensor_parallel_size=2", ["rollout.tensor_parallel_size=2", "rollout.engine='vllm'"]),
-    ("rollout.tensor_parallel_size=2", ["rollout.tensor_parallel_size=2", "rollout.num_gpus=2"]),
+    (
+        "rollout.tensor_parallel_size=2 rollout.num_gpus=1",
+        ["rollout.tensor_parallel_size=2", "rollout.num_gpus=2", "not 1"],
+    ),
+    ("rollout.num_gpus=2", ["rollout.num_gpus=2", "rollout.tensor_parallel_size=1", "set both"]),
+    ("rollout.num_gpus=2.5", ["rollout.num_gpus=2.5", "rollout.tensor_parallel_size=1"]),
+    ("rollout.num_gpus=2 rollout.engine=hf", ["rollout.num_gpus=2", "rollout.engine='vllm'"]),
+    ("teacher.num_gpus=2.5", ["teacher.num_gpus=2.5", "use 2 or 3", "at most 1"]),
+    ("evaluation.num_gpus=2", ["evaluation.num_gpus=2", "one device"]),
+    ("trainer.num_gpus=2", ["trainer.num_gpus=2", "trainer.num_workers", "trainer.zero_stage=3"]),
+    ("trainer.num_gpus=0.5 trainer.num_workers=2", ["trainer.num_gpus=0.5", "trainer.num_workers=2", "NCCL"]),
     ("trainer.num_workers=3", ["trainer.sequences_per_step=32", "trainer.num_workers=3", "use 24"]),
     (
         "trainer.sequences_per_step=20",

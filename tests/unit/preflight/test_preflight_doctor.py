@@ -81,7 +81,7 @@ def test_what_a_template_does_not_read_and_a_date_of_its_own_are_warnings() -> N
 def test_every_problem_is_one_line_with_a_way_out(
     tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = ("--data.path", str(tmp_path / "none.jsonl"), "--trainer.num_gpus", "64", "--rollout.num_gpus", "0")
+    missing = ("--data.path", str(tmp_path / "none.jsonl"), "--teacher.num_gpus", "64")
     code, found = report(capsys, arguments(tiny_world, tmp_path, *missing))
     assert code == 2
     (models,) = found["models and data"]

@@ -9,7 +9,10 @@ import pytest
 from raydistill.cli import main_with_errors
 from raydistill.config.load import load_config
 from raydistill.errors import ConfigError
-from raydistill.preflight.init import fit_trainer, init_command, split_devices
+from raydistill.models import empty_model
+from raydistill.preflight import init as init_module
+from raydistill.preflight.init import fit_trainer, gpus_for, init_command, split_devices
+from raydistill.preflight.sizes import model_size
 
 
 def init(world: Any, output: Path, *more: str) -> int:
@@ -24,6 +27,54 @@ def test_the_devices_add_up(gpus: int) -> None:
     assert used <= gpus + 1e-9
     assert used >= gpus * 0.9
     assert min(d.rollout_actors, d.teacher_actors, d.trainer_workers) >= 1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "rollout", "gpus"), [(2, 1, 4), (2, 1, 8), (1, 2, 4), (4, 2, 8), (2, 2, 5), (4, 4, 16)]
+)
+def test_the_devices_add_up_where_an_actor_needs_several(teacher: int, rollout: int, gpus: int) -> None:
+    d = split_devices(gpus, teacher, rollout)
+    used = d.rollout * d.rollout_actors + d.teacher * d.teacher_actors + d.trainer * d.trainer_workers + d.evaluation
+    assert gpus * 0.8 <= used <= gpus + 1e-9
+    assert (round(d.teacher), round(d.rollout)) == (teacher, rollout)
+    assert min(d.rollout_actors, d.teacher_actors, d.trainer_workers) >= 1
+    assert 0.5 < d.trainer <= 1  # NCCL: no two workers on one device
+
+
+def test_too_few_devices_are_told_what_the_roles_need() -> None:
+    with pytest.raises(ConfigError, match=r"--gpus 3: one teacher needs 2, one rollout engine 1 .* together 4"):
+        split_devices(3, teacher_gpus=2)
+
+
+def test_a_model_too_large_for_one_gpu_is_split_over_as_few_as_hold_it(tiny_world: Any) -> None:
+    tree: dict[str, Any] = {
+        "student": {"model": str(tiny_world.teacher_folder), "dtype": "bfloat16"},
+        "data": {"path": str(tiny_world.train_path), "max_length": 64},
+        "objective": {"top_k": 4},
+        "rollout": {"max_new_tokens": 32},
+        "teacher": {"num_gpus": 1, "batch_tokens": 64},
+    }
+    gib = 2**-30
+    weights = 2 * model_size(empty_model(tiny_world.teacher_folder)).parameters
+    assert gpus_for(tree, "rollout", 4, 10 * weights * gib) == 1
+    assert gpus_for(tree, "rollout", 4, weights / 2 / 0.59 * gib) == 2
+    assert gpus_for(tree, "rollout", 4, weights / 4 / 0.59 * gib) == 4
+    with pytest.raises(ConfigError, match="one rollout actor needs about 0 GiB on each of 2 GPUs"):
+        gpus_for(tree, "rollout", 2, weights / 4 / 0.59 * gib)
+    found = [gpus_for(tree, "teacher", 4, size * weights * gib) for size in (20, 4, 3.5)]
+    assert found[0] == 1
+    assert found == sorted(found)
+
+
+def test_the_config_of_a_model_too_large_for_one_gpu_loads(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init_module, "gpus_for", lambda tree, role, *_: 2)
+    assert init(tiny_world, tmp_path / "a.toml", "--gpus", "8") == 0
+    config = load_config([f"@{tmp_path / 'a.toml'}"]).config
+    assert (config.teacher.num_gpus, config.teacher.num_actors) == (2, 1)
+    assert (config.rollout.num_gpus, config.rollout.tensor_parallel_size, config.rollout.num_actors) == (2, 2, 1)
+    assert (config.trainer.num_gpus, config.trainer.num_workers, config.evaluation.num_gpus) == (0.9, 4, 0.1)
 
 
 def test_the_config_loads_and_holds_what_the_data_says(tiny_world: Any, tmp_path: Path) -> None:

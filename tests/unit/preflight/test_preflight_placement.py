@@ -6,7 +6,7 @@ import pytest
 
 from raydistill.config import Config
 from raydistill.errors import ResourceError
-from raydistill.preflight.placement import check_placement, placement_plan
+from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
 
 
 def config(**changes: Any) -> Config:
@@ -51,3 +51,22 @@ def test_a_cluster_without_gpus_or_with_few_cores_is_refused() -> None:
         check_placement(config(), {"CPU": 64.0})
     with pytest.raises(ResourceError, match=r"needs 9 CPUs .* but the cluster has 8"):
         check_placement(config(), {"GPU": 6.0, "CPU": 8.0})
+
+
+def test_an_actor_of_several_gpus_needs_them_on_one_node() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+        {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0}},
+    ]
+    large = config(rollout={"num_actors": 1, "num_gpus": 4, "tensor_parallel_size": 4}, trainer={})
+    there = {"GPU": 8.0, "CPU": 24.0}
+    check_placement(large, there, largest_node_gpus(nodes))
+    larger = config(teacher={"num_gpus": 5}, rollout={}, trainer={})
+    with pytest.raises(
+        ResourceError, match=r"one teacher actor needs 5 GPUs on one node, .* largest node has 4; lower"
+    ):
+        check_placement(larger, there, largest_node_gpus(nodes))
+    check_placement(larger, there)
+    assert largest_node_gpus([]) == 0

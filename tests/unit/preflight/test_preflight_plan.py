@@ -265,13 +265,17 @@ def test_an_engine_serves_dense_weights_and_its_workers_keep_w_on_the_host() -> 
     assert sizes(parts) == {
         "weights, dense": 1000,  # 2 bytes each, over two GPUs: the format saves nothing here
         "KV cache": 2 * 3 * 4 * 20 * 2 // 2,
-        "W kept for rebuilding": 2 * 600 * 2,  # once in each of two workers
+        "one layer's rebuild": 20 * 50 + 2 * 2 * 100,  # half of the layer, and two layers that wait to be fused
+        "W kept for rebuilding": 600 * 2,  # half of it by each rank
         "A and B": 2 * 96 * 4,
-        "one layer's rebuild": 2 * 2000,
     }
-    assert [part.place for part in parts] == ["GPU", "GPU", "host", "host", "host"]
-    on_cpu = sizes(rollout_memory(STUDENT, BATCH, place="host", **given | {"tensor_parallel": 1}))
-    assert on_cpu["KV cache"] == 2**30
+    assert [part.place for part in parts] == ["GPU", "GPU", "GPU", "host", "host"]
+    alone = sizes(rollout_memory(STUDENT, BATCH, place="host", **given | {"tensor_parallel": 1}))
+    assert alone["KV cache"] == 2**30
+    assert alone["one layer's rebuild"] == 20 * 100
+    two = sizes(rollout_memory(STUDENT, BATCH, place="host", **given))
+    assert two["weights, dense"] == 2000  # both halves are on this host
+    assert (two["KV cache"], two["one layer's rebuild"]) == (2 * 2**30, 2 * 1400)
     served = sizes(rollout_memory(SERVED, BATCH, place="GPU", **given))
     assert served["weights, dense"] == (2000 + 2 * 96) // 2
 
@@ -287,6 +291,8 @@ def test_a_teacher_holds_its_weights_and_one_block_of_logits() -> None:
     assert parts["weights"] == 2000
     assert parts["largest block of logits"] == 10 * 50 * 12
     assert parts["answers"] == parts["answers to send"] == 12 * 36
+    spread = sizes(teacher_memory(MODEL, 2, BATCH, TOP_K, logits_rows=10, place="GPU", num_devices=3))
+    assert spread == parts | {"weights": 667}  # the device with the head has all the rest
     dense = sizes(teacher_memory(MODEL, 2, BATCH, DENSE, logits_rows=4096, place="GPU"))
     assert dense["largest block of logits"] == 12 * 50 * 12
     assert dense["answers"] == 12 * 200
@@ -405,6 +411,7 @@ def test_the_json_has_every_part_of_the_plan(folder: Path, capsys: pytest.Captur
     assert report["wire_bytes_per_step"]["adapter to rollout actors"] == 4 * ADAPTER
     assert report["duration"] is None
     assert any("takes 85% of its GPUs" in note for note in report["notes"])
+    assert any(note.startswith("rollout: the GPU parts above are those of each") for note in report["notes"])
 
 
 def test_sequences_count_at_their_longest_or_as_long_as_the_user_says(
