@@ -82,7 +82,9 @@ def test_candidates_that_leave_only_padding_in_the_tail_give_no_reverse_kl(make_
         return config(make_folder(), objective={"target": "top_k", "top_k": top_k, "beta": beta})
 
     for top_k in (7, 10, 64):
-        with pytest.raises(ModelError, match=rf"top_k={top_k} covers all 7 ids .* the student has 16.*infinite; use .*'dense'"):
+        with pytest.raises(
+            ModelError, match=rf"top_k={top_k} covers all 7 ids .* the student has 16.*infinite; use .*'dense'"
+        ):
             check_models(with_top_k(top_k))
     check_models(with_top_k(6))
     check_models(with_top_k(64, beta=0.5))
