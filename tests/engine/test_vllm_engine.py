@@ -46,13 +46,11 @@ SCENARIOS = {
     "unquantized": {"mode": "merged", "dtype": "float32", "format": "none"},
     "bfloat16": {"mode": "merged", "dtype": "bfloat16", "format": "int2"},
     "llama": {"mode": "merged", "dtype": "float32", "format": "int4"},
-    "llama none": {"mode": "none", "dtype": "float32", "format": "int4"},
     "gemma3": {"mode": "merged", "dtype": "float32", "format": "int4"},
-    "gemma3 served": {"mode": "served", "dtype": "float32", "format": "int4"},
     "gemma3 none": {"mode": "none", "dtype": "float32", "format": "int4"},
     "sharded": {"mode": "merged", "dtype": "float32", "format": "int4"},  # by two ranks; the last, see the process
 }
-FROZEN_CODES = ("served", "gemma3 served", "unquantized")
+FROZEN_CODES = ("served", "unquantized")
 FEW_IDS = 60  # in the scenario "unquantized": as if the teacher had no more
 FLOAT32 = [name for name, kind in SCENARIOS.items() if kind["dtype"] == "float32"]
 QUANTIZED = [name for name, kind in SCENARIOS.items() if kind["format"] != "none"]
@@ -217,7 +215,7 @@ def test_padding_is_never_sampled(vllm: Any, scenarios: dict[str, Scenario]) -> 
     assert max(drawn["unquantized"]) < FEW_IDS <= max(drawn["none"])
     known = scenarios["llama"].sampled_ids
     assert known is not None
-    assert max(drawn["llama"]) < known <= max(drawn["llama none"])
+    assert max(drawn["llama"]) < known, "an eighth of its vocabulary is padding, and its head is random"
 
 
 def test_both_finish_reasons_occur(vllm: Any) -> None:

@@ -1,6 +1,6 @@
-"""Each tested architecture through train -> lost -> resumed -> exported -> evaluated, with two trainer ranks.
+"""Llama and Gemma-3 through train -> lost -> resumed -> exported -> evaluated, with two trainer ranks.
 
-The sampling engine is transformers' here; vLLM with these architectures is in tests/engine, and both together in
+Qwen3 is the model of all other tests here.The sampling engine is transformers' here; vLLM with these architectures is in tests/engine, and both together in
 benchmarks/architectures.py.
 """
 
@@ -26,7 +26,6 @@ from raydistill.serving.export import export_run
 pytestmark = pytest.mark.ray
 
 STEPS, RANKS = 4, 2
-FORMATS = {"qwen3": "int2", "llama": "int4", "gemma3": "int4"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def config_of(make_config: Any, architectures: dict[str, Path]) -> Any:
             f"{architecture}-{name}",
             student={"model": str(architectures[architecture])},
             teacher={"model": None},
-            quant={"format": FORMATS[architecture]},
+            quant={"format": "int4"},
             rollout={"engine": "hf", "max_new_tokens": 16},
             trainer={"num_steps": STEPS, "num_workers": RANKS, "sequences_per_micro_batch": 2},
             checkpoint={"save_every": 2},
@@ -48,7 +47,7 @@ def config_of(make_config: Any, architectures: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def pools(ray_cluster: Any, config_of: Any) -> Iterator[Pools]:
-    pools = make_pools(config_of("qwen3", "any"))
+    pools = make_pools(config_of("llama", "any"))
     yield pools
     pools.shutdown()
 
@@ -74,12 +73,6 @@ def check_chain(summary: RunSummary, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert summary.metrics["evaluate/kl_nats"] > 0.005
     for row in table[1:]:
         assert row["kl_nats"] == pytest.approx(summary.metrics["evaluate/kl_nats"], abs=1e-4)
-
-
-def test_qwen3_passes_through_the_chain(
-    pools: Pools, config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_chain(run(config_of("qwen3", "calm"), pools, QUIET), tmp_path, capsys)
 
 
 def test_llama_loses_a_rank_and_ends_as_if_nothing_had_happened(
