@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,12 @@ def load_generator() -> Any:
     return benchmark
 
 
+async def _quietly(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """What fails is in the result; of requests that a signal cuts off asyncio would print tracebacks."""
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    return await work
+
+
 def send(
     generator: Any, port: int, model: str, prompts: Sequence[Sequence[int]], new_tokens: int, concurrency: int
 ) -> Load:
@@ -86,7 +92,7 @@ def send(
         ready_check_timeout_sec=0,
     )
     with redirect_stdout(io.StringIO()):
-        result = asyncio.run(pass_over)
+        result = asyncio.run(_quietly(pass_over))
     if result["failed"]:
         reason = next(error for error in result["errors"] if error).strip().splitlines()[-1]
         raise RunError(f"{result['failed']} of {len(requests)} requests to {model} failed: {reason}")
