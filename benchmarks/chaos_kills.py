@@ -14,6 +14,7 @@ from typing import Any
 
 from chaos_cluster import Nodes, computes
 
+from raydistill.recovery.checkpoint import PREFIX, version_of
 from raydistill.results.record_lines import read_record
 
 TITLES = {
@@ -85,9 +86,9 @@ class Record:
                 self.highest = max(self.highest, self.last)
 
     @property
-    def checkpoint(self) -> str:
-        """The newest one's name; names sort by version."""
-        return max((path.name for path in (self.folder / "checkpoints").glob("step-*")), default="")
+    def checkpoint(self) -> int:
+        """The newest one's version: how many steps it knows; -1 without any."""
+        return max((version_of(path) for path in (self.folder / "checkpoints").glob(f"{PREFIX}*")), default=-1)
 
     @property
     def is_writing_checkpoint(self) -> bool:
@@ -108,7 +109,7 @@ class Striker:
         driver: Callable[[str], None] | None = None,
     ) -> None:
         self._record, self._nodes, self._is_running, self._driver = Record(folder), nodes, is_running, driver
-        self._checkpoint = ""  # the newest one at the last kill
+        self._checkpoint = -1  # the newest one at the last kill
 
     def strike(self, kill: Kill) -> Hit | None:
         """Wait for the moment, kill, wait for the next new step. None if the moment does not come."""
@@ -136,7 +137,8 @@ class Striker:
 
         def goes_on() -> bool:
             record.read()
-            return record.highest > before
+            # A driver that starts again writes down steps that its checkpoint knows: they were trained before.
+            return record.highest > before and record.last >= record.checkpoint
 
         if self._until(goes_on, RECOVER_S):
             hit.recovered_s = time.monotonic() - struck
