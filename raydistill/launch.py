@@ -80,6 +80,13 @@ def start_cluster(config: Config) -> None:
             f"cluster.address={address!r} does not answer ({str(error).splitlines()[0]}); start it with "
             "`ray start --head`, or leave the field out for a local cluster"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception or "startup" not in str(error):  # what Ray raises when it gives up waiting
+            raise
+        raise RunError(
+            "Ray's own processes did not start in time; if this machine is busy try again when it is less so, else look at the "
+            "logs under /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def make_pools(config: Config) -> Pools:

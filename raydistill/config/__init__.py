@@ -1,9 +1,9 @@
-"""The configuration: `schema` is the tree, `load` reads files and command lines into it; no torch, ray or vllm."""
+"""The configuration: `schema` is the tree of `sections`, `load` reads files and command lines; no torch, ray or vllm."""
 
-from raydistill.config.schema import (
+from raydistill.config.schema import Config
+from raydistill.config.sections import (
     AdapterSection,
     ClusterSection,
-    Config,
     DataSection,
     EvaluationSection,
     ObjectiveSection,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raydistill.config.schema import (
+    from raydistill.config.schema import Config
+    from raydistill.config.sections import (
         AdapterSection,
-        Config,
         EvaluationSection,
         ObjectiveSection,
         QuantSection,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from raydistill.config.schema import Scalar
+    from raydistill.config.sections import Scalar
     from raydistill.data.encode import Example
     from raydistill.data.structural_filter import FilterCounts
 

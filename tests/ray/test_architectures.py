@@ -1,7 +1,7 @@
 """Llama and Gemma-3 through train -> lost -> resumed -> exported -> evaluated, with two trainer ranks.
 
-Qwen3 is the model of all other tests here.The sampling engine is transformers' here; vLLM with these architectures is in tests/engine, and both together in
-benchmarks/architectures.py.
+Qwen3 is the model of all other tests. The sampling engine is transformers' here; vLLM with these architectures is in
+tests/engine, and both together in benchmarks/architectures.py.
 """
 
 import json
