@@ -19,6 +19,7 @@ from raydistill.config import Config
 from raydistill.errors import RunStopped
 from raydistill.evaluate.command import evaluate_command
 from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.quant.formats import Layout
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.recovery.ledger import ledger_problems
 from raydistill.serving.export import export_run
@@ -53,26 +54,23 @@ def pools(ray_cluster: Any, config_of: Any) -> Iterator[Pools]:
 
 
 def check_chain(summary: RunSummary, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ledger, gap, codes on every side, and the KL of every exported folder."""
+    """Ledger, gap, and of the last step: codes on every side, the KL of every exported folder."""
     assert [line["step"] for line in lines(summary, "step")] == list(range(STEPS))
     assert ledger_problems(summary.folder, range(STEPS), 8) == []
     assert summary.largest_gap_nats < 1e-5
-    trained = read_description(checkpoint_folder(summary.folder / "checkpoints", summary.best_version))["codes_hash"]
-    engine = {line["version"]: line["codes_hash"] for line in lines(summary, "sync")}[summary.best_version]
-    reports = [
-        export_run(summary.folder, tmp_path / "default"),
-        export_run(summary.folder, tmp_path / "packed", layout="packed"),
-    ]
-    assert {trained, engine, *(report.codes_hash for report in reports)} == {summary.codes_hash}
-    targets = [str(summary.export), *(f"{report.folder.name}={report.folder}" for report in reports)]
+    trained = read_description(checkpoint_folder(summary.folder / "checkpoints", STEPS))["codes_hash"]
+    engine = {line["version"]: line["codes_hash"] for line in lines(summary, "sync")}
+    layouts: tuple[Layout, ...] = ("packed", "compressed-tensors")
+    reports = [export_run(summary.folder, tmp_path / way, checkpoint="last", layout=way) for way in layouts]
+    assert {trained, *(report.codes_hash for report in reports)} == {engine[STEPS]} != {engine[0]}
     capsys.readouterr()
-    assert evaluate_command([*targets, "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)
-    assert len(table) == 4
-    assert table[0]["kl_nats"] == pytest.approx(0, abs=1e-6)
-    assert summary.metrics["evaluate/kl_nats"] > 0.005
-    for row in table[1:]:
-        assert row["kl_nats"] == pytest.approx(summary.metrics["evaluate/kl_nats"], abs=1e-4)
+    assert evaluate_command([str(summary.folder), *(str(report.folder) for report in reports), "--json"]) == 0
+    teacher, _, *exports = json.loads(capsys.readouterr().out)
+    assert teacher["kl_nats"] == pytest.approx(0, abs=1e-6)
+    measured = {line["version"]: line["metrics"]["evaluate/kl_nats"] for line in lines(summary, "evaluation")}[STEPS]
+    assert measured > 0.005
+    assert [row["name"] for row in exports] == list(layouts)
+    assert [row["kl_nats"] for row in exports] == pytest.approx([measured, measured], abs=1e-4)
 
 
 def test_llama_loses_a_rank_and_ends_as_if_nothing_had_happened(
