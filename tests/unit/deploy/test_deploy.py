@@ -272,3 +272,19 @@ def test_dashboard_panels_do_not_overlap():
     ]
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < 24
+
+
+def test_each_image_installs_its_own_pins_and_runs_as_no_root():
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM |\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S))
+    assert set(stages) == {"base", "cpu", "cuda"}
+    for target in ("cpu", "cuda"):
+        assert set(re.findall(r"requirements/(\w+)\.txt", stages[target])) == {target}
+        assert re.findall(r"^USER (\w+)$", stages[target], re.M) == ["ray"]
+    assert f"WORKDIR {IMAGE_FOLDER}" in stages["base"]
+
+
+def test_the_image_gets_everything_it_copies():
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in ignored if line.startswith("!")}
+    assert {"raydistill", "configs", "requirements", "pyproject.toml", "README.md"} == kept
+    assert all((ROOT / name).exists() for name in kept)
