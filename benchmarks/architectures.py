@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chain import Outcome, command, json_of, lines_of, local_cluster, losses, run_killed
 from tiny_models import ARCHITECTURES, Rows, make_world, write_model
+from tiny_runs import TINY, Outcome, command, compare, json_of, lines_of, local_cluster, run_killed
 
 from raydistill.cli import console, main_with_errors, print_table
 
@@ -145,34 +145,20 @@ class Chain:
 
     def _train(self, run: str, victim: str) -> Outcome:
         settings = {
+            **TINY,
             "run.name": run,
             "run.output": self._output,
             "student.model": self._model,
-            "student.dtype": "float32",
-            "teacher.dtype": "float32",
-            "teacher.num_cpus": 0.1,
             "data.path": self._world.train_path,
             "data.eval_path": self._world.validation_path,
-            "data.eval_rows": 16,
-            "data.max_length": 160,
-            "data.min_prompt_room": 4,
-            "data.min_completion": 2,
-            "objective.on_policy_fraction": 0.75,
-            "objective.target": "dense",
             "quant.format": QUANT[self._name],
-            "adapter.rank": 8,
-            "rollout.max_new_tokens": 40,
-            "rollout.num_cpus": 0.1,
             "trainer.num_workers": RANKS,
             "trainer.num_steps": self._num_steps,
             "trainer.sequences_per_step": SEQUENCES,
             "trainer.sequences_per_micro_batch": 2,
             "trainer.learning_rate": 5e-4,
-            "trainer.num_cpus": 0.1,
-            "sync.max_staleness": 0,
             "sync.codes_check_every": 1,
             "evaluation.eval_every": self._num_steps,
-            "evaluation.num_cpus": 0.1,
             "checkpoint.save_every": self._middle,
             "cluster.address": self._address,
         }
@@ -181,7 +167,6 @@ class Chain:
 
     def _row(self, folder: Path, calm: Path, victim: str, outcome: Outcome) -> Row:
         from raydistill.quant.export import read_manifest
-        from raydistill.recovery.ledger import ledger_problems
         from raydistill.results.record_lines import evaluations_of
 
         exports, measured = self._export(folder), evaluations_of(folder)
@@ -201,9 +186,7 @@ class Chain:
             syncs=len(syncs),
             largest_gap_nats=max(gaps),
             codes=_codes(folder, self._num_steps, [read_manifest(export) for export in exports.values()]),
-            ledger="; ".join(ledger_problems(folder, range(self._num_steps), SEQUENCES)) or "complete",
-            losses=_losses(folder, calm),
-            weights=_weights(folder, calm, self._num_steps),
+            **compare(folder, calm, self._num_steps, SEQUENCES),
             kl_start=measured[0]["evaluate/kl_nats"],
             kl_run=measured[self._num_steps]["evaluate/kl_nats"],
             kl_exports=self._evaluate(folder, exports),
@@ -237,25 +220,6 @@ def _codes(folder: Path, version: int, manifests: Sequence[dict[str, Any]]) -> s
     if engine[0] in found:
         return "never changed"
     return "equal" if len(found) == 1 and None not in found else f"differ: {sorted(map(str, found))}"
-
-
-def _losses(folder: Path, calm: Path) -> str:
-    here, there = losses(folder), losses(calm)
-    if len(here) != len(there):
-        return f"{len(here)} of {len(there)} steps"
-    largest = max(abs(a - b) for a, b in zip(here, there, strict=True))
-    return "equal" if largest == 0 else f"differ by {largest:.1e}"
-
-
-def _weights(folder: Path, calm: Path, num_steps: int) -> str:
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
-
-    mine, theirs = (load_file(checkpoint_folder(run / "checkpoints", num_steps) / WEIGHTS) for run in (folder, calm))
-    largest = max(float(np.abs(mine[name] - theirs[name]).max()) for name in theirs)
-    return "equal" if largest == 0 else f"differ by {largest:.1e}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from chaos_cluster import Nodes
-from chaos_kills import SAVE_EVERY, Hit, Kill, Striker, steps_of
-
-from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
-from raydistill.recovery.ledger import ledger_problems
+from chaos_kills import SAVE_EVERY, Hit, Kill, Striker
+from tiny_runs import TINY, command, compare
 
 UNDISTURBED = "undisturbed"
 SEQUENCES = 8
@@ -50,61 +47,46 @@ class Job:
     def command(self, name: str) -> list[str]:
         """Strictly on-policy, serial, float32: repeatable bit for bit."""
         settings = {
+            **TINY,
             "run.name": name,
             "run.output": self._output,
             "student.model": self._world / "teacher",
-            "student.dtype": "float32",
-            "teacher.dtype": "float32",
-            "teacher.num_cpus": 0.1,
             "data.path": self._world / "train.jsonl",
             "data.eval_path": self._world / "validation.jsonl",
-            "data.eval_rows": 16,
-            "data.max_length": 160,
-            "data.min_prompt_room": 4,
-            "data.min_completion": 2,
-            "objective.on_policy_fraction": 0.75,
-            "objective.target": "dense",
             "quant.format": "int2",
-            "adapter.rank": 8,
             "rollout.engine": self._engine,
-            "rollout.max_new_tokens": 40,
-            "rollout.num_cpus": 0.1,
             "rollout.timeout_s": self._timeout_s,
             "trainer.num_steps": self._num_steps,
             "trainer.sequences_per_step": SEQUENCES,
             "trainer.sequences_per_micro_batch": 4,
             "trainer.learning_rate": 2e-3,
-            "trainer.num_cpus": 0.1,
             "trainer.timeout_s": self._timeout_s,
-            "sync.max_staleness": 0,
             "evaluation.eval_every": SAVE_EVERY,
-            "evaluation.num_cpus": 0.1,
             "checkpoint.save_every": SAVE_EVERY,
             "cluster.address": self._nodes.address,
             "cluster.by_role": "true",
         }
-        arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "raydistill.train", *arguments]
+        return command("train", settings=settings)
 
     def run(self, name: str, kills: Sequence[Kill] = ()) -> Outcome:
         """One run with its kills; the command is given again where a kill ends the driver."""
         start, hits = time.monotonic(), []
         folder = self._output / "runs" / name
         with (self._output / f"{name}.log").open("ab") as log:
-            command = _Command(self.command(name), log, self._nodes)
-            striker = Striker(folder, self._nodes, command.is_running, command.lose)
+            process = _Command(self.command(name), log, self._nodes)
+            striker = Striker(folder, self._nodes, process.is_running, process.lose)
             try:
                 hits = [striker.strike(kill) for kill in kills]
-                ended = command.ended_well()
+                ended = process.ended_well()
             finally:
-                command.kill()
+                process.kill()
         before = self._output / "runs" / UNDISTURBED
         return Outcome(
             hits=hits,
-            starts=command.starts,
+            starts=process.starts,
             ended=ended,
             seconds=time.monotonic() - start,
-            **compare(folder, before, self._num_steps),
+            **compare(folder, before, self._num_steps, SEQUENCES),
         )
 
 
@@ -145,20 +127,3 @@ class _Command:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-
-
-def compare(folder: Path, other: Path, num_steps: int, sequences_per_step: int = SEQUENCES) -> dict[str, str]:
-    """`ledger`, `losses` and final `weights` of one run, beside those of another: complete, equal, equal if all is well."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    problems = ledger_problems(folder, range(num_steps), sequences_per_step)
-    found = {"ledger": "; ".join(problems) or "complete"}
-    here, there = ([line["metrics"]["trainer/loss"] for line in steps_of(run)] for run in (folder, other))
-    found["losses"] = "equal" if here == there else f"{len(here)} of {len(there)} steps, or other values"
-    paths = [checkpoint_folder(run / "checkpoints", num_steps) / WEIGHTS for run in (folder, other)]
-    if not paths[0].exists():
-        return found | {"weights": "missing"}
-    mine, theirs = (load_file(path) for path in paths)
-    largest = max(float(np.abs(mine[tensor] - theirs[tensor]).max()) for tensor in theirs)
-    return found | {"weights": "equal" if largest == 0 else f"differ by {largest:.1e}"}

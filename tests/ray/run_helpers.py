@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 from rich.console import Console
 from safetensors.numpy import load_file
+from tiny_runs import ray_processes
 
 from raydistill.config import Config
 from raydistill.launch import RunSummary
@@ -73,21 +73,6 @@ def kill_after_step(folder: Path, step: int, pid: int | Callable[[], int], numbe
 
 def ray_process(title: str) -> int:
     """The id of the newest process of this session's Ray cluster whose title starts so, for example `ray::Feed`."""
-    session = ray.get_runtime_context().gcs_address
-    found = [
-        process
-        for process in psutil.process_iter(["cmdline", "create_time"])
-        if " ".join(process.info["cmdline"] or []).startswith(title) and is_ours(process.pid, session)
-    ]
+    found = ray_processes(title, ray.get_runtime_context().gcs_address)
     assert found, f"no process {title}"
-    newest: int = max(found, key=lambda process: process.info["create_time"]).pid
-    return newest
-
-
-def is_ours(pid: int, gcs_address: str) -> bool:
-    """Whether a Ray process belongs to the cluster at this address: its raylet was started with it."""
-    try:
-        parents = psutil.Process(pid).parents()
-    except psutil.Error:
-        return False
-    return any(gcs_address in " ".join(parent.cmdline()) for parent in parents)
+    return found[-1]

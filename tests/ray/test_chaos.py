@@ -9,8 +9,8 @@ import psutil
 import pytest
 from chaos_cluster import Nodes
 from chaos_kills import Hit, Kill, Striker
-from chaos_run import compare
 from run_helpers import QUIET, lines, serial_config
+from tiny_runs import compare
 
 from raydistill.config import Config
 from raydistill.launch import Pools, RunSummary, make_pools, run
@@ -75,7 +75,11 @@ def test_killed_and_hanging_processes_cost_time_only(
         is_over.set()
         thread.join(30)
     assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
-    assert compare(folder, undisturbed.folder, STEPS) == {"ledger": "complete", "losses": "equal", "weights": "equal"}
+    assert compare(folder, undisturbed.folder, STEPS, 8) == {
+        "ledger": "complete",
+        "losses": "equal",
+        "weights": "equal",
+    }
     versions = [[line["version"] for line in lines(s, "evaluation")] for s in (summary, undisturbed)]
     assert versions[0] == versions[1]
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"

@@ -1,4 +1,4 @@
-"""Parts of benchmarks that run raydistill's commands as a user would: start, kill, read what the run left behind."""
+"""Tiny runs of benchmarks, by raydistill's commands as a user gives them: start, kill, read and compare what is left."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ import psutil
 
 TRAINER_TITLE = "ray::RayTrainWorker"
 RUN_S = 900.0
+TINY: Mapping[str, object] = {
+    "student.dtype": "float32",
+    "teacher.dtype": "float32",
+    "teacher.num_cpus": 0.1,
+    "data.eval_rows": 16,
+    "data.max_length": 160,
+    "data.min_prompt_room": 4,
+    "data.min_completion": 2,
+    "objective.on_policy_fraction": 0.75,
+    "objective.target": "dense",
+    "adapter.rank": 8,
+    "rollout.max_new_tokens": 40,
+    "rollout.num_cpus": 0.1,
+    "trainer.num_cpus": 0.1,
+    "sync.max_staleness": 0,
+    "evaluation.num_cpus": 0.1,
+}
+"""Settings of a run of the embedded world that is repeatable bit for bit: serial, in float32, mostly on-policy."""
 
 
 def command(verb: str, *arguments: object, settings: Mapping[str, object] | None = None) -> list[str]:
@@ -121,3 +139,23 @@ def json_of(command: Sequence[str], log: Path) -> Any:
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:5])} ... failed with {done.returncode}; see {log}")
     return json.loads(done.stdout)
+
+
+def compare(folder: Path, other: Path, num_steps: int, sequences_per_step: int) -> dict[str, str]:
+    """`ledger`, `losses` and final `weights` of one run, beside those of another: complete, equal, equal if all is well."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder
+    from raydistill.recovery.ledger import ledger_problems
+
+    problems = ledger_problems(folder, range(num_steps), sequences_per_step)
+    found = {"ledger": "; ".join(problems) or "complete"}
+    here, there = losses(folder), losses(other)
+    found["losses"] = "equal" if here == there else f"{len(here)} of {len(there)} steps, or other values"
+    paths = [checkpoint_folder(run / "checkpoints", num_steps) / WEIGHTS for run in (folder, other)]
+    if not paths[0].exists():
+        return found | {"weights": "missing"}
+    mine, theirs = (load_file(path) for path in paths)
+    largest = max(float(np.abs(mine[tensor] - theirs[tensor]).max()) for tensor in theirs)
+    return found | {"weights": "equal" if largest == 0 else f"differ by {largest:.1e}"}
