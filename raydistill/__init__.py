@@ -1,9 +1,11 @@
 """raydistill: distil a full-precision teacher into a quantized student, on text the student writes itself.
 
-from raydistill import load_config, run
+    from raydistill import load_config, run
 
-config = load_config(["@configs/demo.toml", "--trainer.num_steps", "50"]).config
-summary = run(config)
+    config = load_config(["@configs/demo.toml", "--trainer.num_steps", "50"]).config
+    summary = run(config)
+
+More in docs/extending.md.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -17,8 +17,8 @@ from raydistill.losses.objective import Objective
 from raydistill.messages import Samples, TeacherTopK, TokenRows
 from raydistill.models import StudentSpec, build_student, load_causal_lm, quantizable_weights
 from raydistill.quant.formats import WeightFormat
+from raydistill.quant.grid import dequantize, fake_quantize, quantize
 from raydistill.quant.hashing import hash_codes, hash_tensors
-from raydistill.quant.integer import dequantize, fake_quantize, quantize
 from raydistill.quant.shards import LayerSplit, join_codes, shard_of
 from raydistill.quant.student import adapter_state, load_adapter_state, rebuild_codes, student_codes
 from raydistill.tensors import CompletionModel, SequenceBatch, score_rows

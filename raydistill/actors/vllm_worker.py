@@ -35,7 +35,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from raydistill.models import StudentSpec, quantizable_weights
 from raydistill.quant.hashing import CodesDigest, hash_tensors
 from raydistill.quant.shards import WHOLE, LayerSplit, heads_split, join_codes, shard_of
-from raydistill.quant.student import other_trained, rebuild_codes, rebuild_weight
+from raydistill.quant.student import check_adapter, other_trained, rebuild_codes, rebuild_weight
 
 
 class StudentWorkerExtension:
@@ -58,6 +58,7 @@ class StudentWorkerExtension:
             name: shard_of(tuple(weight.shape), layer_split(model, name), rank, spec.weight_format)
             for name, weight in whole.items()
         }
+        self._whole = {name: torch.empty_like(weight, device="meta") for name, weight in whole.items()}  # shapes only
         # Copies of the parts: a view would keep the whole layer in memory.
         self._base = {
             name: weight if self._shards[name].is_whole else self._shards[name].of_weight(weight).clone()
@@ -80,15 +81,17 @@ class StudentWorkerExtension:
 
     def _rebuild(self, state: Mapping[str, Tensor]) -> None:
         """Write the student's weights into the running model; layers that are not named keep theirs."""
+        check_adapter(
+            self._whole, state, self._spec.adapter.mode
+        )  # a rank's parts would not show a name that fits nothing
         self.model_runner.reload_weights(weights_iterator=self._rebuilt(state))
         if self._spec.adapter.mode == "none":
             self._refresh_tied_head()
 
     def _rebuilt(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         spec = self._spec
-        for name, weight, adapter in self._layers(
-            self._base, state
-        ):  # in the model's order: the loader fuses neighbours
+        # In the model's order: the loader fuses neighbours.
+        for name, weight, adapter in self._layers(self._base, state):
             dense = rebuild_weight(name, weight, adapter, spec.weight_format, spec.scaling, spec.adapter.mode)
             yield f"{name}.weight", self._shards[name].placed(dense)
         if spec.adapter.mode == "none":

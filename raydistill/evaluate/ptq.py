@@ -22,7 +22,7 @@ from raydistill.models import DTYPES, default_device
 from raydistill.quant.baselines import apply_ptq, ptq_grids
 from raydistill.quant.export import export_student, load_exported
 from raydistill.quant.export_files import model_folder as folder_of
-from raydistill.quant.formats import Bits, ScaleDtype, WeightFormat
+from raydistill.quant.formats import ScaleDtype, WeightFormat
 from raydistill.quant.student import quantizable_modules
 from raydistill.tensors import CompletionModel
 
@@ -45,7 +45,7 @@ class PtqChoice:
 
 def search_grids(
     model_folder: str | Path,
-    bits: Sequence[Bits],
+    bits: Sequence[int],
     group_size: int | None,
     examples: Sequence[Example],
     *,
@@ -54,7 +54,7 @@ def search_grids(
     skip: tuple[str, ...] = SKIP,
     dtype: str | None = None,
     on_grid: OnGrid | None = None,
-) -> dict[Bits, PtqChoice]:
+) -> dict[int, PtqChoice]:
     """For each bit width the best of symmetric/asymmetric x absmax/searched, by KL on validation examples.
 
     teacher: None for the model itself in full precision. dtype: in which the student computes, such as "float32"

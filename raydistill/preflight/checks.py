@@ -173,7 +173,7 @@ def _check_layers(config: Config) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"student.model={spec.model!r} is no causal language model: {reason}") from error
     # Without a format nothing is computed on the empty weights; the group size is checked by hand.
-    from raydistill.quant.integer import check_group_size
+    from raydistill.quant.grid import check_group_size
     from raydistill.quant.student import quantizable_modules
 
     layers = quantizable_modules(model, config.quant.skip)

@@ -6,8 +6,8 @@ The honest baseline is the best of four grids on validation data, and the studen
 import torch
 from torch import nn
 
-from raydistill.quant.formats import SCALE_RULES, Bits, ScaleDtype, WeightFormat
-from raydistill.quant.integer import QuantizedWeight, dequantize
+from raydistill.quant.formats import SCALE_RULES, ScaleDtype, WeightFormat
+from raydistill.quant.grid import QuantizedWeight, dequantize
 from raydistill.quant.rebuild import rebuild_codes
 from raydistill.quant.student import quantizable_modules
 
@@ -15,7 +15,7 @@ NUM_GRIDS = 4  # of one width
 
 
 def ptq_grids(
-    bits: Bits, group_size: int | None, scale_dtype: ScaleDtype = "float16"
+    bits: int, group_size: int | None, scale_dtype: ScaleDtype = "float16"
 ) -> tuple[WeightFormat, WeightFormat, WeightFormat, WeightFormat]:
     """The four candidates: absmax or searched scales, symmetric or asymmetric."""
     grids = [

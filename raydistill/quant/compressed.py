@@ -26,7 +26,7 @@ from torch import Tensor
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
-from raydistill.quant.integer import QuantizedWeight
+from raydistill.quant.grid import QuantizedWeight
 
 METHOD = "compressed-tensors"
 

@@ -35,8 +35,8 @@ from raydistill.quant.export_files import (
     write_adapter,
 )
 from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, Layout, WeightFormat
+from raydistill.quant.grid import QuantizedWeight
 from raydistill.quant.hashing import hash_codes, hash_tensors
-from raydistill.quant.integer import QuantizedWeight
 from raydistill.quant.packing import pack
 from raydistill.quant.prepare import LoraSettings
 from raydistill.quant.rebuild import Mode

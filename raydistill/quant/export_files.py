@@ -16,8 +16,8 @@ from transformers.utils import cached_file
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat, format_from_dict
+from raydistill.quant.grid import QuantizedWeight, dequantize
 from raydistill.quant.hashing import hash_codes, hash_tensors
-from raydistill.quant.integer import QuantizedWeight, dequantize
 from raydistill.quant.packing import PackedWeight, unpack
 from raydistill.quant.prepare import ADAPTER, LoraSettings, inject_lora
 

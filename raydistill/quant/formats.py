@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from raydistill.errors import QuantError
 
-Bits = int
 FormatName = Literal["int4", "int3", "int2", "nf4", "codebook"]
 """What `quant.format` may name; "codebook" takes its values from the config."""
 ScaleRule = Literal["absmax", "searched"]
@@ -29,7 +28,7 @@ TEMPLATE = "template"
 ADAPTER_FOLDER = "adapter"
 """Inside an exported folder: the adapter of a student in served mode, in PEFT's format."""
 
-BITS: dict[str, Bits] = {"int4": 4, "int3": 3, "int2": 2}
+BITS: dict[str, int] = {"int4": 4, "int3": 3, "int2": 2}
 CODEBOOKS: dict[str, tuple[float, ...]] = {
     # The quantiles of a normal distribution, in bitsandbytes' float32 values (QLoRA, arXiv 2305.14314, appendix E).
     "nf4": (
@@ -57,7 +56,7 @@ class WeightFormat:
     to it before the codes are computed, so what is stored is what was trained.
     """
 
-    bits: Bits
+    bits: int
     group_size: int | None
     symmetric: bool
     scale: ScaleRule

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydistill.quant.integer import QuantizedWeight
+from raydistill.quant.grid import QuantizedWeight
 
 DIGITS = 16  # 64 bits: enough to tell versions of one run apart, short enough for a log line
 

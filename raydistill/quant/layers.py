@@ -16,7 +16,7 @@ from torch.nn.functional import linear as apply_linear
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
-from raydistill.quant.integer import dequantize, quantize, straight_through
+from raydistill.quant.grid import dequantize, quantize, straight_through
 from raydistill.quant.rebuild import merged_weight
 
 

@@ -37,8 +37,8 @@ from raydistill.quant.export_files import (
     stored_format,
 )
 from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, Layout, check_layout
+from raydistill.quant.grid import QuantizedWeight, dequantize
 from raydistill.quant.hashing import hash_tensors
-from raydistill.quant.integer import QuantizedWeight, dequantize
 from raydistill.quant.packing import pack
 from raydistill.quant.rebuild import merged_weight
 

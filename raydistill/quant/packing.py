@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
-from raydistill.quant.integer import QuantizedWeight
+from raydistill.quant.grid import QuantizedWeight
 
 CODES_PER_UNIT = 8  # eight codes of B bits are exactly B bytes, for every B
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
-from raydistill.quant.integer import check_group_size, dequantize
+from raydistill.quant.grid import check_group_size, dequantize
 from raydistill.quant.layers import FakeQuantLinear, MergedLinear
 from raydistill.quant.packing import PackedWeight, pack
 from raydistill.quant.rebuild import Mode, rebuild_codes

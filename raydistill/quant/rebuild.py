@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
-from raydistill.quant.integer import QuantizedWeight, dequantize, quantize
+from raydistill.quant.grid import QuantizedWeight, dequantize, quantize
 
 Mode = Literal["merged", "served", "none"]
 
@@ -46,26 +46,11 @@ def rebuild_codes(
     }
 
 
-def rebuild_weights(
-    base_weights: Mapping[str, Tensor],
-    adapter: Mapping[str, Tensor],
-    fmt: WeightFormat | None,
-    scaling: float,
-    mode: Mode,
-) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, dense weight in W's dtype) of the student's layers, one at a time, for an engine that loads
-    dense weights; with fmt None the unquantized student's. In mode "none" the other trained parameters follow."""
-    check_adapter(base_weights, adapter, mode)
-    for name, weight in base_weights.items():
-        yield f"{name}.weight", rebuild_weight(name, weight, adapter, fmt, scaling, mode)
-    if mode == "none":
-        yield from other_trained(base_weights, adapter)
-
-
 def rebuild_weight(
     name: str, weight: Tensor, adapter: Mapping[str, Tensor], fmt: WeightFormat | None, scaling: float, mode: Mode
 ) -> Tensor:
-    """One layer of `rebuild_weights`, on W's device."""
+    """The dense weight of one layer of the student, in W's dtype on W's device, for an engine that loads dense weights; with
+    fmt None the unquantized student's. A whole layer, or the part of one that a rank holds."""
     full = _full_precision(name, weight, adapter, scaling, mode)
     dense = full if fmt is None else dequantize(quantize(full, fmt, name))
     return dense.to(weight.dtype)

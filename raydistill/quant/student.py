@@ -2,7 +2,7 @@
 
 `prepare_student` turns a freshly loaded transformers model into the student, in place; trainer, reference engine and
 evaluation all call it. Then `adapter_state` reads what travels, `load_adapter_state` writes it, `student_codes` gives
-the codes of the live model. Engines that hold only W use `rebuild_codes` or `rebuild_weights`.
+the codes of the live model. Engines that hold only W use `rebuild_codes` or `rebuild_weight`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raydistill.errors import QuantError
-from raydistill.quant.integer import QuantizedWeight
+from raydistill.quant.grid import QuantizedWeight
 from raydistill.quant.packing import unpack
 from raydistill.quant.prepare import (
     ADAPTER,
@@ -24,16 +24,16 @@ from raydistill.quant.prepare import (
 )
 from raydistill.quant.rebuild import (
     Mode,
+    check_adapter,
     merged_weight,
     other_trained,
     rebuild_codes,
     rebuild_weight,
-    rebuild_weights,
 )
 
 __all__ = [
-    "LoraSettings", "Mode", "StudentForm", "adapter_state", "base_weight", "load_adapter_state", "merged_weight",
-    "other_trained", "prepare_student", "quantizable_modules", "rebuild_codes", "rebuild_weight", "rebuild_weights",
+    "LoraSettings", "Mode", "StudentForm", "adapter_state", "base_weight", "check_adapter", "load_adapter_state",
+    "merged_weight", "other_trained", "prepare_student", "quantizable_modules", "rebuild_codes", "rebuild_weight",
     "student_codes", "student_form",
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from raydistill.errors import UserError
 from raydistill.losses.divergence import DIVERGENCES, check_divergence, divergence_named, generalized_jsd, kl
 from raydistill.losses.objective import Objective
 from raydistill.quant.formats import BITS, CODEBOOKS, format_from_dict
-from raydistill.quant.integer import dequantize, quantize
+from raydistill.quant.grid import dequantize, quantize
 from raydistill.quant.packing import pack, unpack
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (Path(__file__).parents[2] / "docs" / "extending.md").read_text(), re.S)

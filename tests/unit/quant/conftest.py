@@ -1,5 +1,6 @@
 """Tiny random models for the tests of the quant room, as one fixture."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from transformers import (
 )
 
 from raydistill.quant.formats import WeightFormat
-from raydistill.quant.student import LoraSettings, Mode, adapter_state, load_adapter_state, prepare_student
+from raydistill.quant.student import (
+    LoraSettings,
+    Mode,
+    adapter_state,
+    load_adapter_state,
+    other_trained,
+    prepare_student,
+    rebuild_weight,
+)
 
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -31,6 +40,21 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
+def rebuilt_weights(
+    base_weights: Mapping[str, torch.Tensor],
+    adapter: Mapping[str, torch.Tensor],
+    fmt: WeightFormat | None,
+    scaling: float,
+    mode: Mode,
+) -> dict[str, torch.Tensor]:
+    """What an engine of one rank writes into its model, by parameter name."""
+    weights = {
+        f"{name}.weight": rebuild_weight(name, weight, adapter, fmt, scaling, mode)
+        for name, weight in base_weights.items()
+    }
+    return weights | (dict(other_trained(base_weights, adapter)) if mode == "none" else {})
+
+
 class Tiny:
     """Model families, formats and adapters small enough for a unit test."""
 
@@ -38,6 +62,7 @@ class Tiny:
     lora = LORA
     int2 = INT2
     int4 = INT4
+    rebuilt_weights = staticmethod(rebuilt_weights)
 
     @staticmethod
     def model(family: str = "qwen3", dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -15,8 +15,8 @@ from raydistill.errors import QuantError
 from raydistill.quant.compressed import compressed_tensors, quantization_config, take_codes
 from raydistill.quant.export import export_live, load_exported, packed_bytes, read_manifest
 from raydistill.quant.formats import ENGINE_GROUPS, WeightFormat, check_layout, default_layout
+from raydistill.quant.grid import dequantize, quantize
 from raydistill.quant.hashing import hash_codes
-from raydistill.quant.integer import dequantize, quantize
 from raydistill.quant.layouts import write_layout
 
 

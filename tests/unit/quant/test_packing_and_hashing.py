@@ -6,8 +6,8 @@ import torch
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
+from raydistill.quant.grid import quantize
 from raydistill.quant.hashing import hash_codes, hash_tensors
-from raydistill.quant.integer import quantize
 from raydistill.quant.packing import pack, pack_codes, packed_size, unpack, unpack_codes
 
 

@@ -20,7 +20,6 @@ from raydistill.quant.student import (
     load_adapter_state,
     prepare_student,
     quantizable_modules,
-    rebuild_weights,
     student_codes,
 )
 
@@ -83,7 +82,7 @@ def test_weights_rebuilt_from_what_travels_are_those_of_the_trainer(
     student = make_student(tiny, folders[name], mode, FORMATS["int2"])
     plain: Any = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
     base = {layer: module.weight for layer, module in quantizable_modules(plain).items()}
-    rebuilt = dict(rebuild_weights(base, adapter_state(student), FORMATS["int2"], LORA.scaling, mode))  # type: ignore[arg-type]
+    rebuilt = tiny.rebuilt_weights(base, adapter_state(student), FORMATS["int2"], LORA.scaling, mode)  # type: ignore[arg-type]
     keys = plain.load_state_dict(rebuilt, strict=False)
     assert keys.unexpected_keys == []
     reference = logits(student)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from raydistill.errors import QuantError
+from raydistill.quant.grid import dequantize, quantize
 from raydistill.quant.hashing import hash_codes
-from raydistill.quant.integer import dequantize, quantize
 from raydistill.quant.student import (
     LoraSettings,
     adapter_state,
@@ -16,7 +16,6 @@ from raydistill.quant.student import (
     prepare_student,
     quantizable_modules,
     rebuild_codes,
-    rebuild_weights,
     student_codes,
 )
 
@@ -188,7 +187,7 @@ def test_rebuilt_dense_weights_in_a_plain_model_give_the_students_logits(tiny, m
     adapter = adapter_state(student)
     if mode == "served":
         load_adapter_state(student, {key: value * 0 for key, value in adapter.items()})
-    weights = dict(rebuild_weights(base_weights(plain), adapter, chosen, tiny.lora.scaling, mode))
+    weights = tiny.rebuilt_weights(base_weights(plain), adapter, chosen, tiny.lora.scaling, mode)
     assert not plain.load_state_dict(weights, strict=False).unexpected_keys
     assert torch.equal(tiny.logits(plain), tiny.logits(student))
 
@@ -199,7 +198,7 @@ def test_a_disabled_adapter_leaves_the_quantized_base(tiny) -> None:
         layer = student.get_submodule(name)
         if hasattr(layer, "enable_adapters"):
             layer.enable_adapters(False)
-    plain.load_state_dict(dict(rebuild_weights(base_weights(plain), {}, tiny.int2, 1.0, "served")), strict=False)
+    plain.load_state_dict(tiny.rebuilt_weights(base_weights(plain), {}, tiny.int2, 1.0, "served"), strict=False)
     assert torch.equal(tiny.logits(student), tiny.logits(plain))
 
 

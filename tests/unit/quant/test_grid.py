@@ -12,7 +12,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from raydistill.errors import QuantError
 from raydistill.quant.baselines import apply_ptq, ptq_grids
 from raydistill.quant.formats import BITS, WeightFormat, format_from_dict
-from raydistill.quant.integer import FACTORS, QuantizedWeight, dequantize, fake_quantize, quantize
+from raydistill.quant.grid import FACTORS, QuantizedWeight, dequantize, fake_quantize, quantize
 
 ALL_FORMATS = [
     WeightFormat(bits=bits, group_size=group, symmetric=symmetric, scale=scale)
@@ -119,7 +119,7 @@ def test_constant_and_extreme_groups_stay_finite(fmt: WeightFormat, value: float
 def test_large_layers_in_chunks_get_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = ALL_FORMATS[1]
     whole: QuantizedWeight = quantize(weights(), fmt)
-    monkeypatch.setattr("raydistill.quant.integer.CHUNK_ELEMENTS", {True: 1, False: 1})
+    monkeypatch.setattr("raydistill.quant.grid.CHUNK_ELEMENTS", {True: 1, False: 1})
     chunked = quantize(weights(), fmt)
     assert torch.equal(whole.scale_OG, chunked.scale_OG)
     assert torch.equal(whole.codes_OI, chunked.codes_OI)
