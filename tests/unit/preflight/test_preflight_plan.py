@@ -43,7 +43,7 @@ from raydistill.preflight.estimates import (
     wire_bytes,
 )
 from raydistill.preflight.sizes import longest, model_size, student_size
-from raydistill.quant import integer
+from raydistill.quant import grid
 from raydistill.quant.student import LoraSettings, adapter_state, prepare_student
 from raydistill.results.record import RunRecord
 from raydistill.tensors import CompletionModel, SequenceBatch
@@ -193,8 +193,8 @@ def test_dense_weights_are_kept_where_a_layer_rebuilds_them() -> None:
 
 def test_the_chunks_are_those_of_the_losses_and_the_quantizer() -> None:
     assert logsumexp.CHUNK_ELEMENTS == LOSS_CHUNK_LOGITS
-    assert len(integer.FACTORS) == SEARCH_CANDIDATES
-    assert {True: SEARCH_ELEMENTS["host"], False: SEARCH_ELEMENTS["GPU"]} == integer.CHUNK_ELEMENTS
+    assert len(grid.FACTORS) == SEARCH_CANDIDATES
+    assert {True: SEARCH_ELEMENTS["host"], False: SEARCH_ELEMENTS["GPU"]} == grid.CHUNK_ELEMENTS
 
 
 def test_logits_exist_at_completion_positions_and_answers_take_their_types() -> None:
