@@ -104,20 +104,20 @@ def bare_engine(config: Any, pools: Any) -> float:
 
 
 async def _bare_engine(config: Any, pools: Any) -> float:
-    from raydistill.data.schedule import StepSchedule, sampling_seed
+    from raydistill.data.schedule import StepSchedule
     from raydistill.inputs import load_inputs
 
     inputs = load_inputs(config, console)
     config = inputs.config
-    await pools.rollouts.begin(config, inputs.engine_spec(), None, lambda step, index: sampling_seed(0, step, index))
+    rollouts = await pools.rollouts.begin("bare-engine", config, inputs.engine_spec(), None)
     o = config.objective
     schedule = StepSchedule(inputs.data.train, 0, config.trainer.sequences_per_step, o.on_policy_fraction, o.mixing)
     for step in range(config.trainer.num_steps):
         prompts = schedule.plan(step).prompts
         if prompts is not None:
-            async for _ in pools.rollouts.sample(prompts, UNLOADED):
+            async for _ in rollouts.sample(prompts, UNLOADED):
                 pass
-    return float(await pools.rollouts.tokens_per_cpu_second())
+    return float(await rollouts.tokens_per_cpu_second())
 
 
 def show(results: dict[str, Any]) -> None:

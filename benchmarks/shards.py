@@ -82,7 +82,7 @@ def engine_seconds(spec: StudentSpec, state: dict[str, torch.Tensor], ranks: int
     seconds = []
     for version in range(REPEATS):
         start = time.time()
-        engine.load(StudentWeights(version=version, tensors=tensors, probe=None), want_codes=False)
+        engine.load("run-a", StudentWeights(version=version, tensors=tensors, probe=None), want_codes=False)
         seconds.append(time.time() - start)
     scores = engine.score(TokenRows.from_rows([list(range(3, 99))]))
     engine.close()

@@ -14,9 +14,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
+from raydistill.actors.evaluator_pool import RunEvaluator
 from raydistill.actors.feed import Feed
-from raydistill.actors.pools import rank_of
-from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_references, sampling_seed
+from raydistill.actors.rollout_pool import RunRollouts
+from raydistill.actors.teacher_pool import RunTeachers
+from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_references, rank_of
 from raydistill.driver_records import DriverRecords
 from raydistill.errors import RunStopped
 from raydistill.inputs import RunInputs
@@ -45,6 +47,10 @@ async def first_error(*work: Coroutine[Any, Any, Any]) -> None:
 
 class Attempt:
     """One feed, one trainer group, one loop; `run` ends with the loop's summary or with what went wrong."""
+
+    evaluator: RunEvaluator  # these three are the run's views of the pools, once they are armed
+    rollouts: RunRollouts
+    teachers: RunTeachers
 
     def __init__(
         self,
@@ -107,15 +113,17 @@ class Attempt:
 
     async def _arm(self) -> None:
         """Bring pools and evaluator up, all at the same time."""
-        config, pools, held_out = self._config, self._pools, self._inputs.data.held_out
+        config, held_out = self._config, self._inputs.data.held_out
         work = []
         if config.needs_rollout_pool:
-            prompts = held_out_prompts(held_out) if config.evaluation.exact_match != "off" else None
-            seed = config.run.seed
-            spec = self._inputs.engine_spec()
-            work.append(pools.rollouts.begin(config, spec, prompts, lambda s, i: sampling_seed(seed, s, i)))
+            work.append(self._arm_rollouts())
         work.append(self._arm_evaluator(StudentSpec.of(config), held_out_references(held_out)))
         await first_error(*work)
+
+    async def _arm_rollouts(self) -> None:
+        config = self._config
+        prompts = held_out_prompts(self._inputs.data.held_out) if config.evaluation.exact_match != "off" else None
+        self.rollouts = await self._pools.rollouts.begin(self._name, config, self._inputs.engine_spec(), prompts)
 
     async def _arm_evaluator(self, spec: StudentSpec, references: Samples | None) -> None:
         config, pools = self._config, self._pools
@@ -125,15 +133,16 @@ class Attempt:
                 return []
             if not config.needs_teacher:
                 return [ray.put(Scored(samples=references, target=None))]
-            _, handle = await pools.teachers.score(references, references.completions.num_tokens)
+            _, handle = await self.teachers.score(references, references.completions.num_tokens)
             return [handle]
 
         if config.needs_teacher:
-            await pools.teachers.begin(config.teacher, config.objective, self._inputs.facts.vocab_size)
-        await pools.evaluator.begin(spec, config.objective, references, score)
+            vocab_size = self._inputs.facts.vocab_size
+            self.teachers = await pools.teachers.begin(self._name, config.teacher, config.objective, vocab_size)
+        self.evaluator = await pools.evaluator.begin(self._name, spec, config.objective, references, score)
 
     def _roles(self, records: DriverRecords) -> Roles:
-        config, pools = self._config, self._pools
+        config = self._config
         schedule = StepSchedule(
             self._inputs.data.train,
             config.run.seed,
@@ -144,35 +153,38 @@ class Attempt:
         return Roles(
             prompts=schedule,
             rollouts=self._rollouts() if config.needs_rollout_pool else None,
-            teachers=pools.teachers if config.needs_teacher else None,
+            teachers=self.teachers if config.needs_teacher else None,
             trainer=self._trainer,
-            evaluator=pools.evaluator if self._inputs.data.held_out else None,
+            evaluator=self.evaluator if self._inputs.data.held_out else None,
             records=records,
             reference_parts=self._parts,
         )
 
     def _rollouts(self) -> ReplayedRollouts:
         kept = SampledTokens(self._record.path.parent, self._config)
-        return ReplayedRollouts(self._pools.rollouts, kept, self._parts)
+        return ReplayedRollouts(self.rollouts, kept, self._parts)
 
     def _parts(self, known: Samples) -> list[Sampled]:
-        """Known tokens for each trainer rank; without a teacher they are wrapped as the trainer expects them."""
-        workers = self._config.trainer.num_workers
+        """Known tokens for each trainer rank; without a teacher they are wrapped as the trainer expects them.
+
+        Rows whose answers a teacher actor keeps go to that actor.
+        """
+        workers, needs_teacher = self._config.trainer.num_workers, self._config.needs_teacher
+        homes = self.teachers.homes(known.row_ids) if needs_teacher else [None] * len(known)
+        rows_of: dict[tuple[int, int | None], list[int]] = {}
+        for row, (index, home) in enumerate(zip(known.indices, homes, strict=True)):
+            rows_of.setdefault((rank_of(index, workers), home), []).append(row)
         parts = []
-        for rank in range(workers):
-            rows = [r for r, index in enumerate(known.indices) if rank_of(index, workers) == rank]
-            if rows:
-                samples = known.take(rows)
-                handle = samples if self._config.needs_teacher else ray.put(Scored(samples=samples, target=None))
-                parts.append(Sampled(rank=rank, num_tokens=samples.completions.num_tokens, samples=handle))
+        for (rank, home), rows in rows_of.items():
+            samples = known.take(rows)
+            handle = samples if needs_teacher else ray.put(Scored(samples=samples, target=None))
+            parts.append(Sampled(rank=rank, num_tokens=samples.completions.num_tokens, samples=handle, home=home))
         return parts
 
     def _record_engines(self) -> None:
         rows = []
         if self._config.needs_rollout_pool:
-            rows += [
-                {"role": f"rollout-{i}", "class": name} for i, name in enumerate(self._pools.rollouts.engine_names)
-            ]
+            rows += [{"role": f"rollout-{i}", "class": name} for i, name in enumerate(self.rollouts.engine_names)]
         if self._config.needs_teacher:
-            rows += [{"role": f"teacher-{i}", "class": name} for i, name in enumerate(self._pools.teachers.class_names)]
+            rows += [{"role": f"teacher-{i}", "class": name} for i, name in enumerate(self.teachers.class_names)]
         self._record.table("engines", rows)

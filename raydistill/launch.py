@@ -91,13 +91,15 @@ def start_cluster(config: Config) -> None:
 
 def make_pools(config: Config) -> Pools:
     """Start the actors of a config's pools; engines and teachers are built when a run begins."""
-    from raydistill.actors.pools import EvaluatorRole, RolloutPool, TeacherPool
+    from raydistill.actors.evaluator_pool import EvaluatorPool
+    from raydistill.actors.rollout_pool import RolloutPool
+    from raydistill.actors.teacher_pool import TeacherPool
 
     by_role, timeout_s = config.cluster.by_role, config.rollout.timeout_s
     return Pools(
         rollouts=RolloutPool(config.rollout, by_role) if config.needs_rollout_pool else None,
         teachers=TeacherPool(config.teacher, timeout_s, by_role) if config.needs_teacher else None,
-        evaluator=EvaluatorRole(config.evaluation, timeout_s, by_role),
+        evaluator=EvaluatorPool(config.evaluation, timeout_s, by_role),
     )
 
 
@@ -192,7 +194,7 @@ class Launch:
                 try:
                     summary = await self._attempt.run(self._console, self._seconds)
                     sampled.forget(config.trainer.num_steps)
-                    return await self._export(record, self._pools.evaluator, keeper, summary)
+                    return await self._export(record, self._attempt, keeper, summary)
                 except LostError as error:
                     number += 1
                     got_to, point = point.version, find_checkpoint(self._folder)
@@ -203,6 +205,7 @@ class Launch:
                     record.warning(text)
                     self._console.print(f"warning: {text}", style="yellow")
         finally:
+            await self._pools.end(self._folder.name)
             if self._own_pools:
                 self._pools.shutdown()
 
@@ -223,7 +226,7 @@ class Launch:
         if self._attempt is not None:
             await self._attempt.stop()
 
-    async def _export(self, record: Any, evaluator: Any, keeper: Any, outcome: Any) -> RunSummary:
+    async def _export(self, record: RunRecord, attempt: Attempt, keeper: Any, outcome: Any) -> RunSummary:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
         from raydistill.recovery.checkpoint import read_description
         from raydistill.results.plots import plot_spans, plot_training
@@ -235,7 +238,7 @@ class Launch:
         version = keeper.best_version if keeper.best_version is not None else config.trainer.num_steps
         checkpoint, export = keeper.folder(version), self._folder / "export"
         extra = {"run": self._folder.name, "version": version, TEMPLATE: config.data.template}
-        codes_hash = await evaluator.export_checkpoint(checkpoint, export, extra)
+        codes_hash = await attempt.evaluator.export_checkpoint(checkpoint, export, extra)
         trained = read_description(checkpoint).get("codes_hash")
         if trained is not None and codes_hash != trained:
             raise RunError(f"export {export} has codes {codes_hash}, version {version} was trained with {trained}")
@@ -247,7 +250,7 @@ class Launch:
         record.artifact("training", plot_training(read_record(self._folder), plots / "training.png"))
         record.artifact("spans", plot_spans(spans, plots / "spans.png"))
         line, times = bottleneck(spans), stage_times(spans)
-        rate = await self._pools.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None  # type: ignore[union-attr]
+        rate = await attempt.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None
         self._console.print(line, style="dim")
         self._seconds["export"] = time.time() - start
         metrics = evaluations_of(self._folder).get(version, {})

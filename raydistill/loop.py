@@ -103,7 +103,7 @@ class DistillationLoop:
     async def _score(self, step: int, part: Sampled) -> tuple[int, Handle]:
         if self._roles.teachers is None:
             return part.rank, part.samples
-        report, scored = await self._roles.teachers.score(part.samples, part.num_tokens)
+        report, scored = await self._roles.teachers.score(part.samples, part.num_tokens, part.home)
         self._reports[step].append(report)
         return part.rank, scored
 

@@ -30,6 +30,7 @@ class Sampled:
     rank: int
     num_tokens: int
     samples: Handle
+    home: int | None = None  # the teacher actor that keeps the answers to these rows; None: any
 
 
 class PromptSource(Protocol):
@@ -55,8 +56,8 @@ class Rollouts(Protocol):
 class Teachers(Protocol):
     """The teacher pool."""
 
-    async def score(self, samples: Handle, num_tokens: int) -> tuple[StageReport, Handle]:
-        """The teacher's answer for each completion token, on the least loaded actor."""
+    async def score(self, samples: Handle, num_tokens: int, home: int | None = None) -> tuple[StageReport, Handle]:
+        """The teacher's answer for each completion token, by the actor `home` or the least loaded one."""
 
 
 class Trainer(Protocol):
@@ -118,6 +119,12 @@ class Pools:
         """Calls handed out and not answered, by stage."""
         pools = {"rollout": self.rollouts, "teacher": self.teachers}
         return {stage: pool.queue_depth for stage, pool in pools.items() if pool is not None}
+
+    async def end(self, run: str) -> None:
+        """Let go of what the actors keep for a run; they stay for the next."""
+        for pool in (self.rollouts, self.teachers, self.evaluator):
+            if pool is not None:
+                await pool.end(run)
 
     def shutdown(self) -> None:
         """End every actor."""

@@ -88,7 +88,9 @@ class Study:
         from raydistill.preflight.placement import check_placement
 
         with ThreadPoolExecutor(max_workers=1) as threads:
-            imports = threads.submit(import_module, "raydistill.actors.pools")  # as slow as Ray's start: side by side
+            imports = threads.submit(
+                import_module, "raydistill.actors.rollout_pool"
+            )  # as slow as Ray's start: side by side
             start_cluster(self._config)
             imports.result()
         check_placement(self._config, ray.cluster_resources())

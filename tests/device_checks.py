@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from raydistill.actors import teacher as teacher_module
-from raydistill.actors.teacher import TeacherActor
+from raydistill.actors.teacher import TeacherActor, TeacherRequest
 from raydistill.config import AdapterSection, ObjectiveSection, QuantSection, StudentSection, TeacherSection
 from raydistill.losses.objective import Objective
 from raydistill.messages import Samples, TeacherTopK, TokenRows
@@ -203,8 +203,9 @@ def check_teacher(device: str, folder: Path, num_gpus: float, monkeypatch: pytes
     monkeypatch.setattr(teacher_module, "default_device", lambda: device)
     actor = TeacherActor("teacher-0")
     section = TeacherSection(model=str(folder), dtype="float32", num_gpus=num_gpus)
-    actor.start(section, ObjectiveSection(top_k=8), 61)
-    target = actor.score(samples())[1].target
+    actor.start(section)
+    request = TeacherRequest.of(ObjectiveSection(top_k=8), 61)
+    target = actor.score(samples(), request)[1].target
     assert isinstance(target, TeacherTopK)
     exact = exact_logits(folder, list(zip(PROMPTS.rows(), COMPLETIONS.rows(), strict=True))).log_softmax(-1)
     top = exact.topk(8, dim=-1)

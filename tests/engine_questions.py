@@ -58,7 +58,7 @@ class Answers:
 
 def ask(engine: Any, scenario: Scenario, weights: StudentWeights) -> Answers:
     """Load a version and ask the fixed questions; the same for every engine class."""
-    weights_hash, codes_hash = engine.load(weights, want_codes=True)
+    weights_hash, codes_hash = engine.load("run-a", weights, want_codes=True)
     seeds = [0] * len(scenario.prompts)
     return Answers(
         weights_hash=weights_hash,

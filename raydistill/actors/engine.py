@@ -1,7 +1,8 @@
 """What a rollout actor needs from an engine; vLLM and transformers' generate both answer to it.
 
-An engine holds one student at one policy version. `load` replaces that version, `sample` and `score` use it. Token ids
-go in and come out; text never appears.
+An engine computes one student at one policy version at a time. `load` replaces that version, `sample` and `score` use it.
+Runs that share an engine take turns: what one of them loaded may be there still when its turn comes again (`select`).
+Token ids go in and come out; text never appears.
 """
 
 from __future__ import annotations
@@ -38,8 +39,14 @@ class Engine(Protocol):
 
     name: str  # the class that really ran, for the run's record
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
-        """Hold this version from now on. Returns (hash of the tensors held, hash of the codes or None)."""
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+        """Compute this version of `run` from now on. Returns (hash of the tensors held, hash of the codes or None)."""
+
+    def select(self, run: str) -> bool:
+        """Compute what was loaded for `run` last, if it is still held; False where it has to be loaded again."""
+
+    def drop(self, run: str) -> None:
+        """Let go of what is held for `run`."""
 
     def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
         """One completion per prompt; a prompt's completion depends on its own seed only."""

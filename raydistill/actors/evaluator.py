@@ -1,12 +1,13 @@
 """The evaluation actor: scores held-out rows beside training, and writes checkpoints' exports.
 
-It holds the student as transformers computes it (the trainer's own function) and the teacher's answers for the held-out
-rows, scored once at the start of the run. `evaluate` takes the same weight versions as the rollout actors load.
+It holds the student as transformers computes it (the trainer's own function) and for each run the teacher's answers for
+the held-out rows, scored once at its start. `evaluate` takes the same weight versions as the rollout actors load.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,57 +28,78 @@ EVAL_BATCH = 64  # sequences of one forward pass
 """Held-out rows are scored without gradients, so memory is that of one forward pass."""
 
 
+@dataclass(kw_only=True)
+class _Run:
+    """What is kept for one run."""
+
+    spec: StudentSpec
+    objective: ObjectiveSection
+    held_out: list[Scored] = field(default_factory=list)
+
+
 class EvaluatorActor:
-    """One student under evaluation. `start` and `hold_out` for each run, then `evaluate` for each version."""
+    """One student under evaluation at a time. `start` and `hold_out` for each run, then `evaluate` for each version."""
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._runs: dict[str, _Run] = {}
+        self._spec: StudentSpec | None = None  # of the student that is built
+        self._tokenizers: dict[str, Any] = {}
 
-    def start(self, spec: StudentSpec, objective: ObjectiveSection) -> None:
-        """Build the student at version 0."""
-        self._spec, self._objective = spec, objective
-        self._device = default_device()
-        self._model = build_student(spec, self._device).eval()
-        self._completions = CompletionModel(self._model)
-        self._version = 0
-        self._tokenizer: Any = None
-        self._held_out: list[Scored] = []
+    def start(self, run: str, spec: StudentSpec, objective: ObjectiveSection) -> None:
+        """Build the student of a run."""
+        self._runs[run] = _Run(spec=spec, objective=objective)
+        self._build(spec)
 
-    def hold_out(self, *scored: Scored) -> int:
-        """Keep the teacher's answers on the held-out references; returns their completion tokens."""
-        self._held_out = split_scored(scored, EVAL_BATCH) if scored else []
+    def end(self, run: str) -> None:
+        """Forget a run."""
+        self._runs.pop(run, None)
+
+    def hold_out(self, run: str, *scored: Scored) -> int:
+        """Keep the teacher's answers on a run's held-out references; returns their completion tokens."""
+        self._runs[run].held_out = split_scored(scored, EVAL_BATCH) if scored else []
         return sum(s.samples.completions.num_tokens for s in scored)
 
-    def _load(self, weights: StudentWeights) -> None:
+    def _build(self, spec: StudentSpec) -> None:
+        """The student of `spec`, unless it is there: each evaluation loads its own weights."""
+        if self._spec != spec:
+            self._spec = None
+            self._model = build_student(spec, default_device()).eval()
+            self._completions = CompletionModel(self._model)
+            self._spec = spec
+
+    def _load(self, run: _Run, weights: StudentWeights) -> None:
+        self._build(run.spec)
         load_adapter_state(self._model, {k: torch.from_numpy(v.copy()) for k, v in weights.tensors.items()})
-        self._version = weights.version
 
     @torch.inference_mode()
-    def evaluate(self, weights: StudentWeights, references: Samples | None, *answers: Samples) -> EvalReport:
+    def evaluate(self, run: str, weights: StudentWeights, references: Samples | None, *answers: Samples) -> EvalReport:
         """KL to the teacher and perplexity of one version on the references; exact match of `answers`, its greedy
         completions, if given."""
-        start = time.time()
-        self._load(weights)
+        start, of_run = time.time(), self._runs[run]
+        self._load(of_run, weights)
         metrics: dict[str, float] = {}
-        if self._held_out:
-            metrics |= self._divergence_and_perplexity()
+        if of_run.held_out:
+            metrics |= self._divergence_and_perplexity(of_run)
         if answers and references is not None:
             metrics |= self._exact_match(references, answers)
-        span = Span(stage="evaluate", actor=self._name, step=self._version, start_s=start, end_s=time.time())
-        return EvalReport(version=self._version, metrics=metrics, span=span)
+        span = Span(stage="evaluate", actor=self._name, step=weights.version, start_s=start, end_s=time.time())
+        return EvalReport(version=weights.version, metrics=metrics, span=span)
 
-    def _divergence_and_perplexity(self) -> dict[str, float]:
-        score = score_targets(self._completions, self._held_out, self._objective.temperature)
+    def _divergence_and_perplexity(self, run: _Run) -> dict[str, float]:
+        score = score_targets(self._completions, run.held_out, run.objective.temperature)
         metrics = {"evaluate/perplexity": score.perplexity}
         if score.kl_nats is not None:
             metrics["evaluate/kl_nats"] = score.kl_nats
         return metrics
 
     def _exact_match(self, references: Samples, answers: tuple[Samples, ...]) -> dict[str, float]:
-        if self._tokenizer is None:
+        assert self._spec is not None
+        tokenizer = self._tokenizers.get(self._spec.model)
+        if tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._spec.model)
+            tokenizer = self._tokenizers[self._spec.model] = AutoTokenizer.from_pretrained(self._spec.model)
         truth = dict(zip(references.indices, references.completions.rows(), strict=True))
         pairs = (
             (ids, truth[index])
@@ -85,10 +107,11 @@ class EvaluatorActor:
             for index, ids in zip(part.indices, part.completions.rows(), strict=True)
             if index in truth
         )
-        score = match_answers(pairs, self._tokenizer)
+        score = match_answers(pairs, tokenizer)
         return {"evaluate/exact_match": score.share, "evaluate/exact_match_se": score.standard_error}
 
-    def export_checkpoint(self, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
-        """Write a checkpoint as a folder that stands alone; returns the hash of its codes."""
-        self._load(load_checkpoint(checkpoint))
-        return export_live(folder, self._model, self._spec.model, extra)
+    def export_checkpoint(self, run: str, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
+        """Write a run's checkpoint as a folder that stands alone; returns the hash of its codes."""
+        of_run = self._runs[run]
+        self._load(of_run, load_checkpoint(checkpoint))
+        return export_live(folder, self._model, of_run.spec.model, extra)

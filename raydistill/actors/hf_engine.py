@@ -54,15 +54,26 @@ class HfEngine:
         self._completions = CompletionModel(self._model)
         self._eos_ids = list(eos_ids)
         self._sampled_ids = sampled_ids
+        self._run: str | None = None  # whose weights are loaded
         # `generate` fills in what a call leaves open, a repetition penalty for example: not the policy that is trained.
         self._model.generation_config = GenerationConfig()
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
         """See `Engine.load`."""
+        self._run = run
         state = {name: torch.from_numpy(array.copy()) for name, array in weights.tensors.items()}
         load_adapter_state(self._model, state)
         codes = student_codes(self._model) if want_codes else {}
         return hash_tensors(adapter_state(self._model)), hash_codes(codes) if codes else None
+
+    def select(self, run: str) -> bool:
+        """See `Engine.select`."""
+        return self._run == run
+
+    def drop(self, run: str) -> None:
+        """See `Engine.drop`: the next load replaces its weights."""
+        if self._run == run:
+            self._run = None
 
     @torch.inference_mode()
     def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:

@@ -21,6 +21,7 @@ from raydistill.errors import LostError, RunError
 log = logging.getLogger(__name__)
 Actor = TypeVar("Actor")
 MAX_REPLACEMENTS = 20  # of one pool; a pool that needs more has a cause that restarting does not cure
+TELL_TIMEOUT_S = 10.0
 DEATHS = (RayActorError, GetTimeoutError, TimeoutError)
 
 
@@ -43,9 +44,11 @@ class ActorPool(Generic[Actor]):
         self._replacements = 0
         self._is_shut_down = False
 
-    def begin_run(self) -> None:
-        """A new run, usually in an event loop of its own: locks belong to a loop, replacements are counted per run."""
-        self._locks = [asyncio.Lock() for _ in self._actors]
+    def begin_run(self, is_alone: bool = True) -> None:
+        """A run begins; if it `is_alone`, usually in an event loop of its own: locks belong to a loop. Replacements are
+        counted anew: a pool that many runs share may lose actors to each of them."""
+        if is_alone:
+            self._locks = [asyncio.Lock() for _ in self._actors]
         self._replacements = 0
 
     def __len__(self) -> int:
@@ -70,6 +73,12 @@ class ActorPool(Generic[Actor]):
                 return await self._within(actor, getattr(actor, method).remote(*args), timeout_s)
             except DEATHS as error:
                 await self._replace(index, actor, error)
+
+    async def tell(self, method: str, *args: Any) -> None:
+        """Call a method on every actor, if it is alive; nobody waits for more than a moment, and a death is no matter."""
+        calls = [getattr(actor, method).remote(*args) for actor in self._actors]
+        waiting = [asyncio.wait_for(asyncio.wrap_future(call.future()), TELL_TIMEOUT_S) for call in calls]
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     async def work(self, weight: int, num_objects: int, method: str, *args: Any, index: int | None = None) -> list[Any]:
         """Give work to the least loaded actor (or to `index`); returns [report, reference, ...].

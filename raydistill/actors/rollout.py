@@ -2,7 +2,7 @@
 
 Called by the rollout pool in this order: `prepare` (slow imports, before any model exists), `start` (build the engine),
 then `load` and `sample` in any order. Calls run one after another, so a load drains the engine first and no sequence
-mixes two policies. Repeating a load is harmless.
+mixes two policies. Repeating a load is harmless. Several runs may share an actor; each call says for which run it is.
 """
 
 from __future__ import annotations
@@ -40,22 +40,37 @@ class EngineSpec:
     eos_ids: tuple[int, ...]
     probes: TokenRows
     sampled_ids: int | None = None  # sample ids below this only: the others are padding; None: all
+    num_adapters: int = 1  # served adapters that stay in the engine at once
 
     @property
     def builds(self) -> tuple[object, ...]:
         """All that an engine is built from; probes may change without a new one."""
-        return self.student, self.rollout, self.max_model_len, self.eos_ids, self.sampled_ids
+        return self.student, self.rollout, self.max_model_len, self.eos_ids, self.sampled_ids, self.num_adapters
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What is kept for one run."""
+
+    spec: EngineSpec
+    weights: StudentWeights | None = None  # the newest
+    sampled_tokens: int = 0
+    sampling_cpu_s: float = 0.0
+
+    @property
+    def version(self) -> int:
+        return -1 if self.weights is None else self.weights.version
 
 
 class RolloutActor:
-    """One sampling engine behind a few typed calls."""
+    """One sampling engine behind a few typed calls. Runs that share it take turns: it computes with the weights of the run
+    that calls."""
 
     def __init__(self, name: str, engine: str) -> None:
         self._name, self._kind = name, engine
         self._engine: Engine | None = None
-        self._spec: EngineSpec | None = None
-        self._version = -1
-        self._sampled_tokens, self._sampling_cpu_s = 0, 0.0
+        self._builds: tuple[object, ...] | None = None  # what the engine was built from
+        self._runs: dict[str, _Run] = {}
 
     def prepare(self) -> int:
         """Import the engine's library, which takes longer than building an engine. Returns the process id."""
@@ -63,40 +78,39 @@ class RolloutActor:
             import vllm  # noqa: F401
         return os.getpid()
 
-    def start(self, spec: EngineSpec, engine: Engine | None = None) -> str:
-        """Build the engine (tests hand one in) and name the class that really runs. An equal one is kept."""
-        before, self._spec = self._spec, spec
-        self._version = -1
-        self._sampled_tokens, self._sampling_cpu_s = 0, 0.0
+    def start(self, run: str, spec: EngineSpec, engine: Engine | None = None) -> str:
+        """Build a run's engine (tests hand one in) and name the class that really runs. An equal one is kept."""
+        self._runs[run] = _Run(spec=spec)
         if engine is not None:
             self._engine = engine
-        elif self._engine is not None and before is not None and before.builds == spec.builds:
-            pass
-        elif spec.rollout.engine == "vllm":
-            from raydistill.actors.vllm_engine import VllmEngine
-
+        elif self._engine is None or self._builds != spec.builds:
+            assert len(self._runs) == 1, f"{self._name} serves {', '.join(self._runs)}: their engines differ"
             if self._engine is not None:
                 self._engine.close()
-            self._engine = VllmEngine(spec.student, spec.rollout, spec.max_model_len, spec.eos_ids, spec.sampled_ids)
-        else:
-            from raydistill.actors.hf_engine import HfEngine
-
-            self._engine = HfEngine(spec.student, spec.eos_ids, spec.sampled_ids)
+                self._engine = None
+            self._engine = _build(spec)
+        self._builds = spec.builds
         return self._engine.name
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> LoadReport:
+    def end(self, run: str) -> None:
+        """Forget a run; its engine stays for the next."""
+        self._runs.pop(run, None)
+        if self._engine is not None:
+            self._engine.drop(run)
+
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> LoadReport:
         """Hold this version; compare the probes' log-probs with the trainer's at the same version."""
         assert self._engine is not None
-        if weights.version < self._version:
-            raise StaleWeightsError(f"{self._name} holds version {self._version}, it was sent {weights.version}")
+        of_run = self._runs[run]
+        if weights.version < of_run.version:
+            raise StaleWeightsError(f"{self._name} holds version {of_run.version}, it was sent {weights.version}")
         start = time.time()
-        weights_hash, codes_hash = self._engine.load(weights, want_codes)
-        self._version = weights.version
+        weights_hash, codes_hash = self._engine.load(run, weights, want_codes)
+        of_run.weights = weights
         loaded_s = time.time() - start
         gap_mean = gap_p99 = None
         if weights.probe is not None:
-            assert self._spec is not None
-            gap = np.abs(self._engine.score(self._spec.probes) - weights.probe.logprobs_N)
+            gap = np.abs(self._engine.score(of_run.spec.probes) - weights.probe.logprobs_N)
             gap_mean, gap_p99 = float(gap.mean()), float(np.quantile(gap, 0.99))
         return LoadReport(
             actor=self._name,
@@ -111,23 +125,27 @@ class RolloutActor:
 
     def sample(
         self,
+        run: str,
         batch: PromptBatch,
         settings: SamplingSettings,
         seeds: tuple[int, ...],
         version: int,
         parts: tuple[tuple[int, ...], ...],
     ) -> tuple[Any, ...]:
-        """Answer the prompts with the policy `version`; returns (StageReport, one Samples per part).
+        """Answer the prompts with a run's policy `version`; returns (StageReport, one Samples per part).
 
         `parts` lists, for each trainer rank, the rows of the batch it will train on: each part is an object of its own,
         so that a rank fetches no other rank's tokens.
         """
         assert self._engine is not None
-        if self._version < version:  # newer is fresher: a replaced actor is armed with the newest
+        of_run = self._runs[run]
+        if of_run.version < version:  # newer is fresher: a replaced actor is armed with the newest
             raise StaleWeightsError(
-                f"{self._name} holds version {self._version}, it was asked to sample with {version}"
+                f"{self._name} holds version {of_run.version}, it was asked to sample with {version}"
             )
         start, cpu_start = time.time(), time.process_time()
+        if of_run.weights is not None and not self._engine.select(run):  # another run came in between
+            self._engine.load(run, of_run.weights, False)
         completions = self._engine.sample(batch.prompts, settings, seeds)
         samples = Samples(
             step=batch.step,
@@ -135,12 +153,12 @@ class RolloutActor:
             row_ids=batch.row_ids,
             prompts=batch.prompts,
             completions=TokenRows.from_rows([c.ids for c in completions]),
-            policy_versions=(self._version,) * len(completions),
+            policy_versions=(of_run.version,) * len(completions),
             finish_reasons=tuple(c.finish_reason for c in completions),
         )
         if batch.step >= 0:  # held-out answers come in larger batches and would flatter the rate
-            self._sampling_cpu_s += time.process_time() - cpu_start
-            self._sampled_tokens += samples.completions.num_tokens
+            of_run.sampling_cpu_s += time.process_time() - cpu_start
+            of_run.sampled_tokens += samples.completions.num_tokens
         report = StageReport(
             step=batch.step,
             num_sequences=len(samples),
@@ -150,6 +168,19 @@ class RolloutActor:
         )
         return report, *(samples.take(rows) for rows in parts)
 
-    def tokens_per_cpu_second(self) -> float:
-        """Training tokens sampled in this run per CPU-second this process spent sampling them."""
-        return self._sampled_tokens / self._sampling_cpu_s if self._sampling_cpu_s else 0.0
+    def tokens_per_cpu_second(self, run: str) -> float:
+        """A run's training tokens per CPU-second that this process spent sampling them."""
+        of_run = self._runs[run]
+        return of_run.sampled_tokens / of_run.sampling_cpu_s if of_run.sampling_cpu_s else 0.0
+
+
+def _build(spec: EngineSpec) -> Engine:
+    if spec.rollout.engine == "vllm":
+        from raydistill.actors.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            spec.student, spec.rollout, spec.max_model_len, spec.eos_ids, spec.sampled_ids, spec.num_adapters
+        )
+    from raydistill.actors.hf_engine import HfEngine
+
+    return HfEngine(spec.student, spec.eos_ids, spec.sampled_ids)

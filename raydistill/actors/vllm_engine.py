@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -43,12 +44,17 @@ class VllmEngine:
         max_model_len: int,
         eos_ids: Sequence[int],
         sampled_ids: int | None = None,
+        num_adapters: int = 1,
     ) -> None:
+        """num_adapters: served adapters, one for each run, that are held at once."""
         from vllm import LLM
 
         self._spec = spec
         self._eos_ids = list(eos_ids)
-        self._version: int | None = None
+        self._run: str | None = None  # whose weights are computed
+        self._num_adapters = num_adapters
+        self._adapters: OrderedDict[str, int] = OrderedDict()  # served: run -> id, the least recently used first
+        self._last_id = 0
         options: dict[str, Any] = {}
         if sampled_ids is not None:
             options |= {"logits_processors": [SAMPLED_IDS], "additional_config": {"sampled_ids": sampled_ids}}
@@ -56,8 +62,8 @@ class VllmEngine:
             # lm_head stays out: LoRA on it together with prompt_logprobs kills the engine (vLLM 0.32).
             options |= {
                 "enable_lora": True,
-                "max_loras": 1,
-                "max_cpu_loras": 1,
+                "max_loras": num_adapters,
+                "max_cpu_loras": num_adapters,
                 "max_lora_rank": allocated_rank(spec.adapter.rank),
                 "lora_target_modules": list(spec.adapter.targets),
                 "lora_dtype": DTYPES[spec.student.dtype],
@@ -91,17 +97,43 @@ class VllmEngine:
         with self._shared_fate():
             self.weights_kept: list[int] = self._llm.collective_rpc("hold_student", args=(spec,))  # by rank
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
         """See `Engine.load`. No request is in flight: the actor's calls run one after another."""
-        arguments = (weights.version, weights.tensors, want_codes)
+        adapter_id, dropped_id = self._place_for(run) if self._spec.adapter.mode == "served" else (None, None)
+        self._run = None
+        arguments = (weights.tensors, want_codes, adapter_id, dropped_id)
         with self._shared_fate():
             answers = self._llm.collective_rpc("load_student", args=arguments)
             self._llm.reset_prefix_cache()
         if len({weights_hash for weights_hash, _ in answers}) != 1:
             raise RuntimeError(f"the engine's ranks hold different weights: {answers}")
-        self._version = weights.version
+        self._run = run
+        if adapter_id is not None:
+            self._adapters[run] = adapter_id
         first: tuple[str, str | None] = answers[0]
         return first
+
+    def _place_for(self, run: str) -> tuple[int, int | None]:
+        """(a fresh id, the id whose place it takes). No id is used twice: no cache can serve an old version (vLLM #47724)."""
+        dropped = self._adapters.pop(run, None)
+        if dropped is None and len(self._adapters) == self._num_adapters:
+            _, dropped = self._adapters.popitem(last=False)
+        self._last_id += 1
+        return self._last_id, dropped
+
+    def select(self, run: str) -> bool:
+        """See `Engine.select`."""
+        if run in self._adapters:
+            self._adapters.move_to_end(run)
+            self._run = run
+        return self._run == run
+
+    def drop(self, run: str) -> None:
+        """See `Engine.drop`. An adapter stays until another takes its place."""
+        if run in self._adapters:
+            self._adapters.move_to_end(run, last=False)
+        if self._run == run:
+            self._run = None
 
     def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
         """See `Engine.sample`."""
@@ -142,9 +174,9 @@ class VllmEngine:
 
         lora = None
         if self._spec.adapter.mode == "served":
-            assert self._version is not None, "load a version before sampling"
-            number = self._version + 1
-            lora = LoRARequest(lora_name=f"version-{number}", lora_int_id=number, lora_path="held-in-memory")
+            assert self._run is not None, "load a version before sampling"
+            number = self._adapters[self._run]
+            lora = LoRARequest(lora_name=f"adapter-{number}", lora_int_id=number, lora_path="held-in-memory")
         prompts = [{"prompt_token_ids": row.tolist()} for row in rows.rows()]
         with self._shared_fate():
             outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora)

@@ -50,7 +50,6 @@ class StudentWorkerExtension:
         While it is read, the whole model lies on the host once for each rank.
         """
         self._spec = spec
-        self._adapter_id = 0
         _end_with_parent()
         model, rank = self.model_runner.get_model(), get_tp_group().rank_in_group
         whole = quantizable_weights(spec)
@@ -68,13 +67,15 @@ class StudentWorkerExtension:
             self._rebuild({})
         return sum(shard.num_weights for shard in self._shards.values())
 
-    def load_student(self, version: int, tensors: dict[str, Any], want_codes: bool) -> tuple[str, str | None]:
-        """Make the engine compute version `version`; returns (hash of the loaded tensors, hash of the codes, on the first
-        rank only)."""
+    def load_student(
+        self, tensors: dict[str, Any], want_codes: bool, adapter_id: int | None, dropped_id: int | None
+    ) -> tuple[str, str | None]:
+        """Make the engine compute these A and B; returns (hash of the loaded tensors, hash of the codes, on the first rank
+        only). A served adapter gets `adapter_id`, in the place of `dropped_id` if that is given."""
         # Ray hands out read-only shared memory, which torch cannot wrap.
         state = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
-        if self._spec.adapter.mode == "served":
-            self._swap_adapter(version + 1, state)
+        if adapter_id is not None:
+            self._swap_adapter(adapter_id, dropped_id, state)
         else:
             self._rebuild(state)
         return hash_tensors(state), self._codes_hash(state) if want_codes else None
@@ -129,12 +130,12 @@ class StudentWorkerExtension:
         if method is not None:
             method.process_weights_after_loading(head)
 
-    def _swap_adapter(self, adapter_id: int, state: dict[str, Tensor]) -> None:
-        """Replace the served adapter; a new id for every version, so no cache can serve an old one (vLLM #47724)."""
+    def _swap_adapter(self, adapter_id: int, dropped_id: int | None, state: dict[str, Tensor]) -> None:
+        """Add a served adapter, in the place of another."""
         worker_manager = self.model_runner.lora_manager
         manager = worker_manager._adapter_manager
-        if self._adapter_id:
-            manager.remove_adapter(self._adapter_id)
+        if dropped_id is not None:
+            manager.remove_adapter(dropped_id)
         adapter = self._spec.adapter
         helper = PEFTHelper(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=list(adapter.targets))
         helper.vllm_lora_scaling_factor = self._spec.scaling
@@ -151,7 +152,6 @@ class StudentWorkerExtension:
         )
         manager.add_adapter(lora)
         manager.activate_adapter(adapter_id)
-        self._adapter_id = adapter_id
 
 
 class SampledIds(LogitsProcessor):

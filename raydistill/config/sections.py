@@ -87,6 +87,12 @@ class TeacherSection(Section):
     )
     num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray books for one teacher actor")
     batch_tokens: PositiveInt = Field(16384, description="tokens (padding counted) of one teacher forward pass")
+    cache_gib: float = Field(
+        0,
+        ge=0,
+        description="GiB of answers to rows of the data set that each actor keeps: a row costs one forward pass over all "
+        "epochs, and all runs of a sweep; 0 keeps none",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TeacherSection:

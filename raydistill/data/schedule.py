@@ -116,6 +116,11 @@ class StepSchedule:
         return self._epoch_orders[epoch]
 
 
+def rank_of(index: int, num_ranks: int) -> int:
+    """Which trainer rank trains on a step's sequence `index`: equal counts for every rank."""
+    return index % num_ranks
+
+
 HELD_OUT = -2  # the "step" of held-out rows, which no optimizer step trains on
 
 

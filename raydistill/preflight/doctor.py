@@ -130,7 +130,7 @@ async def _parity(inputs: RunInputs) -> tuple[Any, str | None]:
     import ray
     import torch
 
-    from raydistill.actors.pools import RolloutPool
+    from raydistill.actors.rollout_pool import RolloutPool
     from raydistill.messages import ProbeAnswers, StudentWeights
     from raydistill.models import StudentSpec, build_student
     from raydistill.quant.hashing import hash_codes
@@ -148,8 +148,8 @@ async def _parity(inputs: RunInputs) -> tuple[Any, str | None]:
     weights = StudentWeights(version=0, tensors=tensors, probe=answers)
     pool = RolloutPool(one.rollout, one.cluster.by_role)
     try:
-        await pool.begin(one, inputs.engine_spec(), None, lambda step, index: 0)
-        (report,) = await pool.load(ray.put(weights), 0, True)
+        rollouts = await pool.begin("doctor", one, inputs.engine_spec(), None)
+        (report,) = await rollouts.load(ray.put(weights), 0, True)
     finally:
         pool.shutdown()
     return report, hash_codes(codes) if codes else None

@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "teacher.num_gpus",
     "teacher.num_cpus",
     "teacher.batch_tokens",
+    "teacher.cache_gib",
     "rollout.num_actors",
     "rollout.num_gpus",
     "rollout.num_cpus",

@@ -189,7 +189,7 @@ def test_the_published_bfloat16_adapter_is_the_one_the_trainer_computes_with(out
     for version, seen in enumerate(steps):
         assert seen["skipped"] is None
         tensors = {key: tensor.numpy() for key, tensor in seen["state"].items()}
-        _, codes = engine.load(StudentWeights(version=version, tensors=tensors, probe=None), want_codes=True)
+        _, codes = engine.load("run-a", StudentWeights(version=version, tensors=tensors, probe=None), want_codes=True)
         assert codes == seen["codes"]
         assert torch.equal(torch.from_numpy(engine.score(PROBES)), seen["probe"])
     assert not is_same(steps[0]["state"], steps[-1]["state"])

@@ -245,9 +245,9 @@ def ids(completions: Sequence[Completion]) -> list[list[int]]:
 class LateEngine(HfEngine):
     """An engine whose delivery is one version behind: it loads what it was sent before."""
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
         late, self.held = getattr(self, "held", weights), weights
-        return super().load(late, want_codes)
+        return super().load(run, late, want_codes)
 
 
 def test_an_adapter_one_version_old_is_caught_by_its_hash_where_the_gap_passes(tiny_model: Path) -> None:
@@ -261,14 +261,14 @@ def test_an_adapter_one_version_old_is_caught_by_its_hash_where_the_gap_passes(t
     engine_spec = EngineSpec(
         student=spec, rollout=RolloutSection(engine="hf"), max_model_len=128, eos_ids=(2,), probes=probes
     )
-    actor.start(engine_spec, LateEngine(spec, (2,)))
+    actor.start("run-a", engine_spec, LateEngine(spec, (2,)))
     for version in range(2):
         state = {key: (value + version * 1e-6).numpy() for key, value in start.items()}
         unproved = StudentWeights(version=version, tensors=state, probe=None)
-        reference.load(unproved, want_codes=False)
+        reference.load("run-a", unproved, want_codes=False)
         probe = ProbeAnswers(logprobs_N=reference.score(probes))
         weights.append(StudentWeights(version=version, tensors=state, probe=probe))
-        reports.append(actor.load(weights[-1], want_codes=True))
+        reports.append(actor.load("run-a", weights[-1], want_codes=True))
     bound = Config.model_validate({"student": {"dtype": "float32"}}).policy_gap_bound_nats
     assert all(report.gap_mean_nats is not None and report.gap_mean_nats < bound for report in reports)
     sync(reports[0], weights[0])

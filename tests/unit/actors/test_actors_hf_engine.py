@@ -59,7 +59,7 @@ def version_1(student: nn.Module) -> StudentWeights:
 @pytest.fixture
 def engine(tiny_qwen: Path, version_1: StudentWeights) -> HfEngine:
     engine = HfEngine(make_spec(tiny_qwen), EOS)
-    engine.load(version_1, want_codes=False)
+    engine.load("run-a", version_1, want_codes=False)
     return engine
 
 
@@ -127,7 +127,7 @@ def test_gumbel_noise_draws_from_the_softmax() -> None:
 def test_the_sampled_end_is_kept_and_finish_reasons_are_right(tiny_qwen: Path, version_1: StudentWeights) -> None:
     ends = tuple(range(1, 61, 4))  # a quarter of the tokens ends a completion, so both reasons occur
     engine = HfEngine(make_spec(tiny_qwen), ends)
-    engine.load(version_1, want_codes=False)
+    engine.load("run-a", version_1, want_codes=False)
     completions = engine.sample(TokenRows.from_rows([PROMPTS[0]] * 40), settings(most=6), range(40))
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for completion in completions:
@@ -142,7 +142,7 @@ def test_the_sampled_end_is_kept_and_finish_reasons_are_right(tiny_qwen: Path, v
 
 def test_ids_that_the_teacher_does_not_have_are_never_sampled(tiny_qwen: Path, version_1: StudentWeights) -> None:
     engine = HfEngine(make_spec(tiny_qwen), EOS, sampled_ids=30)  # of 61
-    engine.load(version_1, want_codes=False)
+    engine.load("run-a", version_1, want_codes=False)
     completions = engine.sample(TokenRows.from_rows([PROMPTS[0]] * 40), settings(), range(40))
     drawn = {int(i) for c in completions for i in c.ids}
     assert max(drawn) < 30
@@ -152,7 +152,7 @@ def test_ids_that_the_teacher_does_not_have_are_never_sampled(tiny_qwen: Path, v
 def test_no_end_is_sampled_before_the_least_number_of_tokens(tiny_qwen: Path, version_1: StudentWeights) -> None:
     ends = tuple(range(1, 61, 2))
     engine = HfEngine(make_spec(tiny_qwen), ends)
-    engine.load(version_1, want_codes=False)
+    engine.load("run-a", version_1, want_codes=False)
     prompts = TokenRows.from_rows([PROMPTS[r % 4] for r in range(40)])
     completions = engine.sample(prompts, settings(least=5, most=8), range(40))
     assert min(len(c.ids) for c in completions) == 6
@@ -162,31 +162,31 @@ def test_no_end_is_sampled_before_the_least_number_of_tokens(tiny_qwen: Path, ve
 def test_loading_another_version_changes_the_score(engine: HfEngine, student: nn.Module) -> None:
     rows = TokenRows.from_rows([[5, 6, 7, 8], [9, 10]])
     before = engine.score(rows)
-    engine.load(make_weights(2, student), want_codes=False)
+    engine.load("run-a", make_weights(2, student), want_codes=False)
     assert np.abs(engine.score(rows) - before).max() > 1e-2
 
 
 def test_loading_a_version_twice_is_harmless(engine: HfEngine, version_1: StudentWeights, student: nn.Module) -> None:
     rows = TokenRows.from_rows([[5, 6, 7, 8], [9, 10]])
-    before, first = engine.score(rows), engine.load(version_1, want_codes=True)
-    assert engine.load(version_1, want_codes=True) == first
+    before, first = engine.score(rows), engine.load("run-a", version_1, want_codes=True)
+    assert engine.load("run-a", version_1, want_codes=True) == first
     np.testing.assert_array_equal(engine.score(rows), before)
-    engine.load(make_weights(2, student), want_codes=False)
-    assert engine.load(version_1, want_codes=True) == first
+    engine.load("run-a", make_weights(2, student), want_codes=False)
+    assert engine.load("run-a", version_1, want_codes=True) == first
     np.testing.assert_array_equal(engine.score(rows), before)
 
 
 def test_the_hashes_are_those_of_what_the_engine_holds(
     engine: HfEngine, version_1: StudentWeights, student: nn.Module
 ) -> None:
-    weights_hash, codes_hash = engine.load(version_1, want_codes=True)
+    weights_hash, codes_hash = engine.load("run-a", version_1, want_codes=True)
     assert weights_hash == hash_tensors(version_1.tensors)
     assert codes_hash == hash_codes(student_codes(student))
-    assert engine.load(version_1, want_codes=False) == (weights_hash, None)
-    assert engine.load(make_weights(2, student), want_codes=True)[0] != weights_hash
+    assert engine.load("run-a", version_1, want_codes=False) == (weights_hash, None)
+    assert engine.load("run-a", make_weights(2, student), want_codes=True)[0] != weights_hash
 
 
 def test_read_only_weights_can_be_loaded(engine: HfEngine, version_1: StudentWeights) -> None:
     for array in version_1.tensors.values():
         array.setflags(write=False)
-    engine.load(version_1, want_codes=False)
+    engine.load("run-a", version_1, want_codes=False)

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError, RayActorError
 
-from raydistill.actors import pools as pools_module
+from raydistill.actors import evaluator_pool, rollout_pool, starting, teacher_pool
 from raydistill.actors.engine import Completion
-from raydistill.actors.pools import EvaluatorRole, RolloutPool, TeacherPool, rank_of
+from raydistill.actors.evaluator_pool import EvaluatorPool
 from raydistill.actors.rollout import EngineSpec, RolloutActor
+from raydistill.actors.rollout_pool import RolloutPool, RunRollouts
+from raydistill.actors.teacher_pool import TeacherPool
 from raydistill.config import Config
+from raydistill.data.schedule import rank_of, sampling_seed
 from raydistill.messages import PromptBatch, Samples, StudentWeights, TokenRows
 from raydistill.models import StudentSpec
 
@@ -98,8 +101,13 @@ class EchoEngine:
 
     name = "echo"
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
         return f"hash-{weights.version}", None
+
+    def select(self, run: str) -> bool:
+        return True
+
+    def drop(self, run: str) -> None: ...
 
     def sample(self, prompts: TokenRows, settings: Any, seeds: Any) -> list[Completion]:
         self.settings = settings
@@ -112,8 +120,8 @@ class EchoEngine:
 
 
 class EchoRolloutActor(RolloutActor):
-    def start(self, spec: EngineSpec, engine: Any = None) -> str:
-        return super().start(spec, EchoEngine())
+    def start(self, run: str, spec: EngineSpec, engine: Any = None) -> str:
+        return super().start(run, spec, EchoEngine())
 
 
 CONFIG = Config.model_validate(
@@ -145,23 +153,25 @@ def weights(version: int) -> LocalRef:
 @pytest.fixture
 def local_ray(monkeypatch: pytest.MonkeyPatch) -> LocalRay:
     ray = LocalRay()
-    monkeypatch.setattr(pools_module.ray, "remote", ray.remote)
-    monkeypatch.setattr(pools_module.ray, "kill", ray.kill)
-    monkeypatch.setattr(pools_module, "RolloutActor", EchoRolloutActor)
+    monkeypatch.setattr(starting.ray, "remote", ray.remote)
+    monkeypatch.setattr(starting.ray, "kill", ray.kill)
+    monkeypatch.setattr(rollout_pool, "RolloutActor", EchoRolloutActor)
     return ray
 
 
-async def armed_pool(version: int = 0, num_actors: int = 3) -> RolloutPool:
+def engine_spec() -> EngineSpec:
+    student, probes = StudentSpec.of(CONFIG), TokenRows.from_rows([[1, 2]])
+    return EngineSpec(student=student, rollout=CONFIG.rollout, max_model_len=32, eos_ids=(1,), probes=probes)
+
+
+async def armed_pool(version: int = 0, num_actors: int = 3) -> RunRollouts:
     pool = RolloutPool(CONFIG.rollout.model_copy(update={"num_actors": num_actors}))
-    student = StudentSpec.of(CONFIG)
-    probes = TokenRows.from_rows([[1, 2]])
-    spec = EngineSpec(student=student, rollout=CONFIG.rollout, max_model_len=32, eos_ids=(1,), probes=probes)
-    await pool.begin(CONFIG, spec, prompt_batch(-2), lambda step, index: 1000 * step + index)
-    await pool.load(weights(version), version, False)
-    return pool
+    rollouts = await pool.begin("run-a", CONFIG, engine_spec(), prompt_batch(-2))
+    await rollouts.load(weights(version), version, False)
+    return rollouts
 
 
-async def sample(pool: RolloutPool, step: int, version: int) -> list[tuple[int, Samples]]:
+async def sample(pool: RunRollouts, step: int, version: int) -> list[tuple[int, Samples]]:
     sampled = []
     async for report, parts in pool.sample(prompt_batch(step), version):
         assert report.step == step
@@ -184,7 +194,7 @@ def test_a_steps_prompts_are_spread_and_come_back_with_their_own_seeds_and_ranks
         for rank, samples in sampled:
             for index, ids in zip(samples.indices, samples.completions.rows(), strict=True):
                 assert rank == index % 2
-                assert ids.tolist() == [PROMPTS[index][0], 3000 + index]
+                assert ids.tolist() == [PROMPTS[index][0], sampling_seed(CONFIG.run.seed, 3, index)]
                 seen.append(index)
         assert sorted(seen) == list(range(8))
 
@@ -218,6 +228,43 @@ def test_a_replacement_is_armed_with_the_newest_weights_before_it_samples(local_
     assert [method for actor, method in local_ray.log if actor is replacement] == ["start", "load", "sample"]
 
 
+def test_a_replacement_is_armed_for_every_run_that_shares_the_pool(local_ray: LocalRay) -> None:
+    async def whole() -> None:
+        pool = RolloutPool(CONFIG.rollout.model_copy(update={"num_actors": 1}))
+        views = [await pool.begin(name, CONFIG, engine_spec(), None) for name in ("run-a", "run-b", "run-c")]
+        for number, rollouts in enumerate(views):
+            await rollouts.load(weights(number), number, False)
+        await pool.end("run-b")
+        local_ray.handles[0].is_dead = True
+        for number, rollouts in ((0, views[0]), (2, views[2])):
+            assert {v for _, s in await sample(rollouts, 1, number) for v in s.policy_versions} == {number}
+        assert set(local_ray.handles[1].actor._runs) == {"run-a", "run-c"}
+
+    run(whole)
+
+
+def test_rows_of_the_data_set_have_a_home_where_their_answers_are_kept(
+    local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_pool, "TeacherActor", EchoTeacher)
+    names = [f"row-{number}" for number in range(200)]
+
+    async def homes(cache_gib: float) -> list[int | None]:
+        section = CONFIG.teacher.model_copy(update={"num_actors": 3, "cache_gib": cache_gib})
+        pool = TeacherPool(section, timeout_s=5)
+        teachers = await pool.begin("run-a", section, CONFIG.objective, 61)
+        assert (await teachers.score("samples", 7, home=2))[0] == "report by teacher-2"
+        return teachers.homes(names)
+
+    async def whole() -> None:
+        kept = await homes(1.0)
+        assert kept == await homes(1.0)  # another run asks the same actor
+        assert {kept.count(actor) > 40 for actor in range(3)} == {True}
+        assert await homes(0.0) == [None] * 200
+
+    run(whole)
+
+
 def test_a_replacement_during_a_load_holds_the_new_version(local_ray: LocalRay) -> None:
     async def whole() -> None:
         pool = await armed_pool(version=0)
@@ -244,7 +291,7 @@ def test_a_step_that_is_given_up_leaves_no_work_behind(local_ray: LocalRay, monk
     async def whole() -> None:
         pool = await armed_pool()
         local_ray.handles[0].actor._engine.sample = None  # this actor's work fails
-        monkeypatch.setattr(pool._pool, "work", hang_unless_first(pool._pool.work))
+        monkeypatch.setattr(pool.pool, "work", hang_unless_first(pool.pool.work))
         with pytest.raises(TypeError):
             await sample(pool, step=1, version=0)
         await asyncio.sleep(0.01)
@@ -268,20 +315,20 @@ class EchoTeacher:
         self.started += 1
         return "Echo"
 
-    def score(self, samples: Any) -> tuple[Any, Any]:
+    def score(self, samples: Any, request: Any) -> tuple[Any, Any]:
         assert self.started
         return f"report by {self.name}", ("scored", samples)
 
 
 def test_a_teacher_that_dies_is_replaced_and_started(local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools_module, "TeacherActor", EchoTeacher)
+    monkeypatch.setattr(teacher_pool, "TeacherActor", EchoTeacher)
 
     async def whole() -> None:
         pool = TeacherPool(CONFIG.teacher, timeout_s=5)
-        await pool.begin(CONFIG.teacher, CONFIG.objective, 61)
-        assert pool.class_names == ["Echo"]
+        teachers = await pool.begin("run-a", CONFIG.teacher, CONFIG.objective, 61)
+        assert teachers.class_names == ["Echo"]
         local_ray.handles[0].is_dead = True
-        report, scored = await pool.score("samples", 7)
+        report, scored = await teachers.score("samples", 7)
         assert report == "report by teacher-0"
         assert scored.result.result() == ("scored", "samples")
 
@@ -293,12 +340,12 @@ class EchoEvaluator:
     def __init__(self, name: str) -> None:
         self.held: list[str] = []
 
-    def start(self, spec: Any, objective: Any) -> None: ...
+    def start(self, run: str, spec: Any, objective: Any) -> None: ...
 
-    def hold_out(self, *scored: str) -> None:
+    def hold_out(self, run: str, *scored: str) -> None:
         self.held = list(scored)
 
-    def evaluate(self, weights: StudentWeights, references: Any) -> Any:
+    def evaluate(self, run: str, weights: StudentWeights, references: Any) -> Any:
         return SimpleNamespace(version=weights.version, held=self.held)
 
 
@@ -306,7 +353,7 @@ def test_an_evaluator_and_the_answers_it_held_may_be_lost_together(
     local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They lay on the same node: the teachers are asked again."""
-    monkeypatch.setattr(pools_module, "EvaluatorActor", EchoEvaluator)
+    monkeypatch.setattr(evaluator_pool, "EvaluatorActor", EchoEvaluator)
     answers = [LocalRef(), LocalRef()]
     for answer, text in zip(answers, ("first", "again"), strict=True):
         answer.result.set_result(text)
@@ -318,8 +365,8 @@ def test_an_evaluator_and_the_answers_it_held_may_be_lost_together(
         return asked[-1:]
 
     async def whole() -> None:
-        role = EvaluatorRole(CONFIG.evaluation, timeout_s=5)
-        await role.begin(StudentSpec.of(CONFIG), CONFIG.objective, None, score)
+        pool = EvaluatorPool(CONFIG.evaluation, timeout_s=5)
+        role = await pool.begin("run-a", StudentSpec.of(CONFIG), CONFIG.objective, None, score)
         assert (await role.evaluate(weights(1), 1, [])).held == ["first"]
         local_ray.handles[0].is_dead = True
         answers[0].result = Future()

@@ -1,6 +1,7 @@
 """The rollout actor around a simple engine: versions, parts and the gap to the trainer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from raydistill.errors import StaleWeightsError
 from raydistill.messages import ProbeAnswers, PromptBatch, StudentWeights, TokenRows, reduce_metrics
 from raydistill.models import StudentSpec
 
+RUN = "run-a"
 PROBES = TokenRows.from_rows([[1, 2, 3], [4, 5]])
 SETTINGS = SamplingSettings(temperature=1.0, top_p=1.0, min_new_tokens=0, max_new_tokens=8)
 BATCH = PromptBatch(
@@ -26,10 +28,15 @@ class FakeEngine:
     name = "fake"
 
     def __init__(self) -> None:
-        self.version = -1
+        self.version, self.run, self.loads = -1, "", 0
 
-    def load(self, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
-        self.version = weights.version
+    def select(self, run: str) -> bool:
+        return self.run == run
+
+    def drop(self, run: str) -> None: ...
+
+    def load(self, run: str, weights: StudentWeights, want_codes: bool) -> tuple[str, str | None]:
+        self.version, self.run, self.loads = weights.version, run, self.loads + 1
         return f"hash-{weights.version}", f"codes-{weights.version}" if want_codes else None
 
     def sample(self, prompts: TokenRows, settings: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
@@ -46,7 +53,7 @@ def make_actor() -> tuple[RolloutActor, FakeEngine]:
     engine, actor = FakeEngine(), RolloutActor("rollout-3", "hf")
     student = StudentSpec(student=StudentSection(model="m"), quant=QuantSection(), adapter=AdapterSection())
     spec = EngineSpec(student=student, rollout=RolloutSection(), max_model_len=32, eos_ids=(1,), probes=PROBES)
-    assert actor.start(spec, engine) == "fake"
+    assert actor.start(RUN, spec, engine) == "fake"
     return actor, engine
 
 
@@ -56,7 +63,7 @@ def weights(version: int, probe: Sequence[float] | None = None) -> StudentWeight
 
 
 def sample(actor: RolloutActor, version: int, parts: Any = ((0, 1, 2, 3),)) -> tuple[Any, ...]:
-    return actor.sample(BATCH, SETTINGS, (100, 101, 102, 105), version, parts)
+    return actor.sample(RUN, BATCH, SETTINGS, (100, 101, 102, 105), version, parts)
 
 
 def test_an_actor_without_weights_does_not_sample() -> None:
@@ -67,7 +74,7 @@ def test_an_actor_without_weights_does_not_sample() -> None:
 
 def test_an_older_version_than_asked_for_is_refused_and_a_newer_one_is_stamped() -> None:
     actor, _ = make_actor()
-    actor.load(weights(4), want_codes=False)
+    actor.load(RUN, weights(4), want_codes=False)
     with pytest.raises(StaleWeightsError, match="rollout-3 holds version 4, it was asked to sample with 5"):
         sample(actor, 5)
     for asked in (4, 3):
@@ -77,15 +84,15 @@ def test_an_older_version_than_asked_for_is_refused_and_a_newer_one_is_stamped()
 
 def test_a_new_run_forgets_the_versions_of_the_last() -> None:
     actor, engine = make_actor()
-    actor.load(weights(7), want_codes=False)
-    actor.start(actor._spec, engine)
+    actor.load(RUN, weights(7), want_codes=False)
+    actor.start(RUN, actor._runs[RUN].spec, engine)
     with pytest.raises(StaleWeightsError, match="holds version -1"):
         sample(actor, 0)
 
 
 def test_each_rank_gets_its_own_part_in_order() -> None:
     actor, _ = make_actor()
-    actor.load(weights(0), want_codes=False)
+    actor.load(RUN, weights(0), want_codes=False)
     report, first, second = sample(actor, 0, ((0, 2), (1, 3)))
     assert (first.indices, second.indices) == ((0, 2), (1, 5))
     assert (first.row_ids, second.row_ids) == (("a", "c"), ("b", "f"))
@@ -102,7 +109,7 @@ def test_each_rank_gets_its_own_part_in_order() -> None:
 
 def test_the_gap_is_the_distance_to_the_trainers_probe_answers() -> None:
     actor, _ = make_actor()
-    report = actor.load(weights(2, probe=[-1.02, -1.03, -1.10]), want_codes=True)  # the engine says -1.02
+    report = actor.load(RUN, weights(2, probe=[-1.02, -1.03, -1.10]), want_codes=True)  # the engine says -1.02
     assert report.gap_mean_nats == pytest.approx((0.0 + 0.01 + 0.08) / 3, abs=1e-6)
     assert report.gap_p99_nats == pytest.approx(np.quantile([0.0, 0.01, 0.08], 0.99), abs=1e-6)
     assert (report.actor, report.version, report.size_bytes) == ("rollout-3", 2, 24)
@@ -111,19 +118,42 @@ def test_the_gap_is_the_distance_to_the_trainers_probe_answers() -> None:
 
 def test_without_probe_answers_there_is_no_gap_and_codes_come_when_asked_for() -> None:
     actor, _ = make_actor()
-    report = actor.load(weights(2), want_codes=False)
+    report = actor.load(RUN, weights(2), want_codes=False)
     assert (report.gap_mean_nats, report.gap_p99_nats, report.codes_hash) == (None, None, None)
 
 
 def test_a_gap_that_is_not_a_number_is_reported_as_such() -> None:
     actor, _ = make_actor()
-    report = actor.load(weights(2, probe=[-1.0, float("nan"), -1.0]), want_codes=False)
+    report = actor.load(RUN, weights(2, probe=[-1.0, float("nan"), -1.0]), want_codes=False)
     assert report.gap_mean_nats != report.gap_mean_nats
 
 
 def test_loading_again_is_harmless() -> None:
     actor, engine = make_actor()
-    first = actor.load(weights(2, probe=[-1.0] * 3), want_codes=True)
-    again = actor.load(weights(2, probe=[-1.0] * 3), want_codes=True)
+    first = actor.load(RUN, weights(2, probe=[-1.0] * 3), want_codes=True)
+    again = actor.load(RUN, weights(2, probe=[-1.0] * 3), want_codes=True)
     assert (first.weights_hash, first.gap_mean_nats) == (again.weights_hash, again.gap_mean_nats)
     assert engine.version == 2
+
+
+def test_runs_that_share_an_actor_take_turns_with_their_own_weights() -> None:
+    actor, engine = make_actor()
+    assert actor.start("run-b", actor._runs[RUN].spec, engine) == "fake"
+    actor.load(RUN, weights(4), want_codes=False)
+    actor.load("run-b", weights(1), want_codes=False)  # each run counts its own versions
+    assert engine.loads == 2
+    _, of_b = actor.sample("run-b", BATCH, SETTINGS, (100, 101, 102, 105), 1, ((0, 1, 2, 3),))
+    assert (engine.loads, engine.version) == (2, 1)  # it was loaded last
+    _, of_a = sample(actor, 4)
+    assert (engine.loads, engine.version, engine.run) == (3, 4, RUN)
+    assert (set(of_a.policy_versions), set(of_b.policy_versions)) == ({4}, {1})
+    actor.end("run-b")
+    with pytest.raises(KeyError):
+        actor.load("run-b", weights(2), want_codes=False)
+
+
+def test_an_engine_that_is_in_use_is_not_replaced_by_another() -> None:
+    actor, _ = make_actor()
+    other = replace(actor._runs[RUN].spec, max_model_len=64)
+    with pytest.raises(AssertionError, match="rollout-3 serves run-a, run-b: their engines differ"):
+        actor.start("run-b", other)

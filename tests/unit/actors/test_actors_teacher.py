@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from raydistill.actors import teacher as teacher_module
-from raydistill.actors.teacher import TeacherActor, top_k_with_tail
+from raydistill.actors.kept_answers import KeptAnswers, answer_key
+from raydistill.actors.teacher import TeacherActor, TeacherRequest, top_k_with_tail
 from raydistill.config import ObjectiveSection, TeacherSection
 from raydistill.errors import ModelError, ResourceError
-from raydistill.messages import Samples, TeacherDense, TeacherTopK, TokenRows
+from raydistill.messages import REFERENCE_VERSION, Samples, Scored, StageReport, TeacherDense, TeacherTopK, TokenRows
 from raydistill.models import load_causal_lm, memory_to_fill
 from raydistill.tensors import CompletionModel
 
@@ -20,24 +21,33 @@ PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [14, 15], [16] * 9]
 COMPLETIONS = [[20, 21, 1], list(range(22, 40)), [], [41], [42, 43, 44, 45]]
 
 
-def make_samples(rows: list[int]) -> Samples:
+def make_samples(rows: list[int], version: int = 4) -> Samples:
     return Samples(
         step=5,
         indices=tuple(rows),
         row_ids=tuple(f"row-{r}" for r in rows),
         prompts=TokenRows.from_rows([PROMPTS[r] for r in rows]),
         completions=TokenRows.from_rows([COMPLETIONS[r] for r in rows]),
-        policy_versions=(4,) * len(rows),
+        policy_versions=(version,) * len(rows),
         finish_reasons=("stop",) * len(rows),
     )
 
 
-def start(folder: Path, batch_tokens: int = 16384, vocab_size: int = VOCABULARY, **objective: object) -> TeacherActor:
+def ask(
+    folder: Path, rows: list[int], batch_tokens: int = 16384, vocab_size: int = VOCABULARY, **objective: object
+) -> tuple[StageReport, Scored]:
+    return start(folder, batch_tokens).score(make_samples(rows), request(vocab_size, **objective))
+
+
+def start(folder: Path, batch_tokens: int = 16384, cache_gib: float = 0) -> TeacherActor:
     actor = TeacherActor("teacher-0")
-    section = TeacherSection(model=str(folder), dtype="float32", batch_tokens=batch_tokens)
-    name = actor.start(section, ObjectiveSection.model_validate(objective), vocab_size)
-    assert name == "Qwen3ForCausalLM"
+    section = TeacherSection(model=str(folder), dtype="float32", batch_tokens=batch_tokens, cache_gib=cache_gib)
+    assert actor.start(section) == "Qwen3ForCausalLM"
     return actor
+
+
+def request(vocab_size: int = VOCABULARY, **objective: object) -> TeacherRequest:
+    return TeacherRequest.of(ObjectiveSection.model_validate(objective), vocab_size)
 
 
 def whole_logprobs(folder: Path, rows: list[int], temperature: float = 1.0) -> np.ndarray:
@@ -75,7 +85,7 @@ def test_no_token_is_left_for_the_tail_when_k_is_the_vocabulary() -> None:
 
 def test_answers_are_those_of_the_whole_model_in_the_order_of_the_completions(tiny_qwen: Path) -> None:
     rows = [0, 1, 2, 3, 4]
-    report, scored = start(tiny_qwen, top_k=8).score(make_samples(rows))
+    report, scored = ask(tiny_qwen, rows, top_k=8)
     exact = whole_logprobs(tiny_qwen, rows)
     assert isinstance(scored.target, TeacherTopK)
     np.testing.assert_allclose(scored.target.logprobs_NK, -np.sort(-exact, axis=1)[:, :8], atol=1e-4)
@@ -93,16 +103,16 @@ def test_answers_are_those_of_the_whole_model_in_the_order_of_the_completions(ti
 @pytest.mark.parametrize("batch_tokens", [1, 12, 40, 100_000])
 def test_the_answer_does_not_depend_on_the_batch(tiny_qwen: Path, batch_tokens: int) -> None:
     rows = [4, 0, 3, 1, 2]
-    _, scored = start(tiny_qwen, batch_tokens, target="dense").score(make_samples(rows))
+    _, scored = ask(tiny_qwen, rows, batch_tokens, target="dense")
     assert isinstance(scored.target, TeacherDense)
     np.testing.assert_allclose(scored.target.logprobs_NV, whole_logprobs(tiny_qwen, rows), atol=1e-4)
 
 
 def test_the_answer_does_not_depend_on_the_block_of_rows(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    actor = start(tiny_qwen, top_k=8)
-    _, whole = actor.score(make_samples([0, 1]))
+    actor = start(tiny_qwen)
+    _, whole = actor.score(make_samples([0, 1]), request(top_k=8))
     monkeypatch.setattr(teacher_module, "LOGITS_ROWS", 4)
-    _, cut = actor.score(make_samples([0, 1]))
+    _, cut = actor.score(make_samples([0, 1]), request(top_k=8))
     assert isinstance(whole.target, TeacherTopK)
     assert isinstance(cut.target, TeacherTopK)
     np.testing.assert_allclose(cut.target.logprobs_NK, whole.target.logprobs_NK, atol=1e-5)
@@ -110,13 +120,13 @@ def test_the_answer_does_not_depend_on_the_block_of_rows(tiny_qwen: Path, monkey
 
 
 def test_the_padding_of_the_teachers_vocabulary_is_cut_before_the_softmax(tiny_qwen: Path) -> None:
-    _, scored = start(tiny_qwen, vocab_size=50, target="dense").score(make_samples([0, 1]))
+    _, scored = ask(tiny_qwen, [0, 1], vocab_size=50, target="dense")
     assert isinstance(scored.target, TeacherDense)
     assert scored.target.logprobs_NV.shape == (21, 50)
     exact = whole_logprobs(tiny_qwen, [0, 1])[:, :50]
     exact -= np.log(np.exp(exact).sum(1, keepdims=True))
     np.testing.assert_allclose(scored.target.logprobs_NV, exact, atol=1e-4)
-    _, scored = start(tiny_qwen, vocab_size=50, top_k=64).score(make_samples([0, 1]))
+    _, scored = ask(tiny_qwen, [0, 1], vocab_size=50, top_k=64)
     assert isinstance(scored.target, TeacherTopK)
     assert scored.target.ids_NK.shape == (21, 50)  # K is at most the vocabulary
     assert np.isneginf(scored.target.tail_logprob_N).all()
@@ -124,29 +134,29 @@ def test_the_padding_of_the_teachers_vocabulary_is_cut_before_the_softmax(tiny_q
 
 
 def test_answers_are_at_the_temperature_of_the_objective(tiny_qwen: Path) -> None:
-    _, scored = start(tiny_qwen, target="dense", temperature=2.5).score(make_samples([1, 3]))
+    _, scored = ask(tiny_qwen, [1, 3], target="dense", temperature=2.5)
     assert isinstance(scored.target, TeacherDense)
     np.testing.assert_allclose(scored.target.logprobs_NV, whole_logprobs(tiny_qwen, [1, 3], 2.5), atol=1e-4)
 
 
 def test_completions_that_are_all_empty_get_no_answers(tiny_qwen: Path) -> None:
-    _, scored = start(tiny_qwen, top_k=8).score(make_samples([2]))
+    _, scored = ask(tiny_qwen, [2], top_k=8)
     assert isinstance(scored.target, TeacherTopK)
     assert scored.target.ids_NK.shape == (0, 8)
 
 
 def test_a_teacher_that_is_held_already_is_not_loaded_again(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    actor = start(tiny_qwen, top_k=8)
+    actor = start(tiny_qwen)
     loads: list[object] = []
     load = teacher_module.load_causal_lm
     monkeypatch.setattr(teacher_module, "load_causal_lm", lambda *args: loads.append(args) or load(*args))
     section = TeacherSection(model=str(tiny_qwen), dtype="float32")
-    actor.start(section, ObjectiveSection(target="dense"), 50)  # another objective needs no other weights
-    _, scored = actor.score(make_samples([0]))
+    actor.start(section)
+    _, scored = actor.score(make_samples([0]), request(50, target="dense"))  # another request needs no other weights
     assert isinstance(scored.target, TeacherDense)
     assert scored.target.logprobs_NV.shape == (3, 50)
     assert loads == []
-    actor.start(section.model_copy(update={"dtype": "bfloat16"}), ObjectiveSection(), 50)
+    actor.start(section.model_copy(update={"dtype": "bfloat16"}))
     assert len(loads) == 1
 
 
@@ -166,14 +176,14 @@ def test_a_teacher_spread_over_places_answers_as_a_whole_one_does(
     size = sum(p.numel() * p.element_size() for p in whole_model.parameters())
     bounds: dict[int | str, int] = {"cpu": int(0.8 * size), "disk": 10 * size}
     monkeypatch.setattr(teacher_module, "memory_to_fill", lambda *_: bounds)
-    spread = start(tmp_path, top_k=8)
+    spread = start(tmp_path)
     assert spread._model is not None
     places = spread._model.model.hf_device_map
     assert set(places.values()) == {"cpu", "disk"}
     assert places["lm_head"] == ("cpu" if tied else "disk")
     monkeypatch.setattr(teacher_module, "memory_to_fill", lambda *_: None)
-    whole = start(tmp_path, top_k=8)
-    one, other = (actor.score(make_samples([0, 1, 2, 3]))[1].target for actor in (spread, whole))
+    whole = start(tmp_path)
+    one, other = (actor.score(make_samples([0, 1, 2, 3]), request(top_k=8))[1].target for actor in (spread, whole))
     assert isinstance(one, TeacherTopK)
     assert isinstance(other, TeacherTopK)
     np.testing.assert_array_equal(one.ids_NK, other.ids_NK)
@@ -197,3 +207,64 @@ def test_only_a_teacher_of_several_gpus_is_spread_over_them() -> None:
     assert memory_to_fill(2, free) == {0: 850, 1: 1700}
     with pytest.raises(ResourceError, match=r"teacher\.num_gpus=4, but the actor sees 3 GPUs"):
         memory_to_fill(4, free)
+
+
+def references(rows: list[int]) -> Samples:
+    return make_samples(rows, REFERENCE_VERSION)
+
+
+def same_target(one: Scored, other: Scored) -> bool:
+    assert isinstance(one.target, TeacherTopK) and isinstance(other.target, TeacherTopK)
+    names = ("ids_NK", "logprobs_NK", "tail_logprob_N")
+    return all(np.array_equal(getattr(one.target, name), getattr(other.target, name)) for name in names)
+
+
+def test_a_row_of_the_data_set_costs_one_forward_whoever_asks_again(tiny_qwen: Path) -> None:
+    actor = start(tiny_qwen, cache_gib=1)
+    actor.score(references([0, 1, 4]), request(top_k=8))
+    report, again = actor.score(references([4, 3, 0]), request(top_k=8))
+    assert actor.counts() == {"computed_rows": 4, "kept_rows": 2}
+    assert [(m.name, m.value) for m in report.metrics] == [("teacher/kept_fraction", pytest.approx(2 / 3))]
+    _, fresh = ask(tiny_qwen, [4, 3, 0], top_k=8)
+    np.testing.assert_allclose(again.target.logprobs_NK, fresh.target.logprobs_NK, atol=1e-5)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(again.target.ids_NK[:, 0], fresh.target.ids_NK[:, 0])  # type: ignore[union-attr]
+
+
+def test_another_request_and_what_a_student_wrote_are_computed(tiny_qwen: Path) -> None:
+    actor = start(tiny_qwen, cache_gib=1)
+    for wanted in (request(top_k=8), request(top_k=4), request(top_k=8, temperature=2.0), request(50, top_k=8)):
+        actor.score(references([0]), wanted)
+    for _ in range(2):
+        actor.score(make_samples([0]), request(top_k=8))  # sampled by a policy: nobody asks for it again
+    assert actor.counts() == {"computed_rows": 6, "kept_rows": 0}
+
+
+def test_without_room_nothing_is_kept_and_nothing_is_said(tiny_qwen: Path) -> None:
+    actor = start(tiny_qwen)
+    answers = [actor.score(references([0, 1]), request(top_k=8)) for _ in range(2)]
+    assert actor.counts() == {"computed_rows": 4, "kept_rows": 0}
+    assert answers[1][0].metrics == ()
+    assert same_target(answers[0][1], answers[1][1])
+
+
+def test_the_least_recently_used_answers_go_first() -> None:
+    def answer(value: int) -> tuple[np.ndarray, ...]:
+        return (np.full(10, value, np.float32), np.full(5, value, np.float32))  # 60 bytes
+
+    kept = KeptAnswers(limit_bytes=130)
+    kept.put(b"a", answer(1))
+    kept.put(b"b", answer(2))
+    assert kept.get(b"a") is not None
+    kept.put(b"c", answer(3))
+    assert [kept.get(key) is None for key in (b"a", b"b", b"c")] == [False, True, False]
+    kept.put(b"too large", (np.zeros(100, np.float32),))
+    assert len(kept) == 2
+
+
+def test_an_answer_is_that_of_its_tokens_and_its_request() -> None:
+    def key(prompt: list[int], completion: list[int], wanted: object = "r") -> bytes:
+        return answer_key(wanted, np.array(prompt, np.int32), np.array(completion, np.int64))
+
+    assert key([1, 2], [3]) == key([1, 2], [3])
+    others = [key([1], [2, 3]), key([1, 2], [4]), key([1, 2, 3], []), key([1, 2], [3], "s")]
+    assert len({key([1, 2], [3]), *others}) == 5

@@ -6,7 +6,7 @@ import device_checks
 import pytest
 from device_checks import FORMATS
 
-from raydistill.actors.pools import actor_options, torch_environment
+from raydistill.actors.starting import actor_options, torch_environment
 from raydistill.actors.vllm_settings import ENGINE_ENVIRONMENT
 from raydistill.config import Config, EvaluationSection, TeacherSection
 from raydistill.trainer.group import worker_environment

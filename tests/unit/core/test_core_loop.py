@@ -125,7 +125,7 @@ class World:
         return [("answers", self.held)]
 
     # Teachers
-    async def score(self, samples: Any, num_tokens: int) -> tuple[StageReport, Any]:
+    async def score(self, samples: Any, num_tokens: int, home: int | None = None) -> tuple[StageReport, Any]:
         await self.busy("score")
         self.events.append(("score", *samples[:2]))
         return report("teacher", "teacher-0", samples[1]), ("scored", *samples)
@@ -372,7 +372,7 @@ def test_a_reference_that_cannot_be_scored_ends_the_run_while_others_wait() -> N
     world.references = (0, 1)
     waiting = asyncio.Event()
 
-    async def score(samples: Any, num_tokens: int) -> Any:
+    async def score(samples: Any, num_tokens: int, home: int | None) -> Any:
         if samples[0] == "reference":
             raise ModelError("no such token")
         await waiting.wait()
