@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from raydistill.actors.evaluator_pool import RunEvaluator
-from raydistill.actors.feed import Feed
+from raydistill.actors.rollout import EngineSpec
 from raydistill.actors.rollout_pool import RunRollouts
 from raydistill.actors.teacher_pool import RunTeachers
 from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_references, rank_of
-from raydistill.driver_records import DriverRecords
+from raydistill.driver_records import DriverRecords, OnEvaluation
 from raydistill.errors import RunStopped
 from raydistill.inputs import RunInputs
 from raydistill.loop import DistillationLoop, LoopSummary
@@ -32,7 +32,8 @@ from raydistill.recovery.resume import ResumePoint
 from raydistill.recovery.sampled import ReplayedRollouts, SampledTokens
 from raydistill.results.record import RunRecord
 from raydistill.roles import Handle, Pools, Roles, Sampled
-from raydistill.trainer.group import GIVE_UP_S, TrainerGroup
+from raydistill.trainer.crew import GIVE_UP_S
+from raydistill.trainer.group import TrainerGroup
 
 
 async def first_error(*work: Coroutine[Any, Any, Any]) -> None:
@@ -59,17 +60,15 @@ class Attempt:
         record: RunRecord,
         keeper: CheckpointKeeper,
         point: ResumePoint,
-        number: int,
+        on_evaluation: OnEvaluation | None = None,
     ) -> None:
         config = inputs.config
+        self._on_evaluation = on_evaluation
         self._inputs, self._pools, self._record, self._keeper = inputs, pools, record, keeper
         self._config, self._point = config, point
         folder = record.path.parent
-        # On the driver's node: whatever other node is lost, this attempt's ranks and the next one's keep their feed.
-        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
-        self._feed = feed.remote(config.sync.max_staleness + 2)
-        self._trainer = TrainerGroup(config, self._feed, inputs.probes(), folder, point.folder, number)
+        self._crew = pools.trainers.lease(config)
+        self._trainer = TrainerGroup(config, self._crew, inputs.probes(), folder, point.folder)
         self._name = folder.name
 
     async def run(self, console: Console, seconds: dict[str, float]) -> LoopSummary:
@@ -90,6 +89,7 @@ class Attempt:
                 self._keeper,
                 RayMetrics(self._name, self._pools.queue_depths),
                 self._point.version,
+                self._on_evaluation,
             )
             with records:
                 loop = DistillationLoop(self._config, self._roles(records), self._point.version, self._point.skipped)
@@ -104,8 +104,10 @@ class Attempt:
             patience_s = 1.0  # somebody counts the seconds
             raise
         finally:
-            await self._trainer.abort("the attempt is over", patience_s)
-            ray.kill(self._feed)
+            if self._trainer.is_done:
+                self._pools.trainers.give_back(self._crew)
+            else:  # afterwards none of the ranks can write a checkpoint
+                await self._crew.end(patience_s)
 
     async def stop(self) -> None:
         """Let the ranks checkpoint and leave; `run` then raises RunStopped."""
@@ -123,7 +125,10 @@ class Attempt:
     async def _arm_rollouts(self) -> None:
         config = self._config
         prompts = held_out_prompts(self._inputs.data.held_out) if config.evaluation.exact_match != "off" else None
-        self.rollouts = await self._pools.rollouts.begin(self._name, config, self._inputs.engine_spec(), prompts)
+        self.rollouts = await self._pools.rollouts.begin(self._name, config, self._engine_spec(), prompts)
+
+    def _engine_spec(self) -> EngineSpec:
+        return replace(self._inputs.engine_spec(), num_adapters=self._pools.num_adapters)
 
     async def _arm_evaluator(self, spec: StudentSpec, references: Samples | None) -> None:
         config, pools = self._config, self._pools

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from raydistill.config.help import field_help, format_resolved, json_schema
 from raydistill.config.load import load_config
-from raydistill.errors import RunError, RunStopped, UserError
+from raydistill.errors import RunError, Stopped, UserError
 from raydistill.quiet import quiet_libraries
 
 EXIT_RUN_FAILED = 1
@@ -74,7 +74,7 @@ def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Seque
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_RUN_FAILED
-    except RunStopped as stopped:
+    except Stopped as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:

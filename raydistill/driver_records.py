@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -9,6 +11,9 @@ from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
 from raydistill.ray_metrics import RayMetrics
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.results.record import RunRecord
+
+OnEvaluation = Callable[[EvalReport], None]
+"""Told of each evaluated version as soon as it is recorded."""
 
 
 class DriverRecords:
@@ -23,8 +28,10 @@ class DriverRecords:
         keeper: CheckpointKeeper,
         metrics: RayMetrics,
         first_step: int = 0,
+        on_evaluation: OnEvaluation | None = None,
     ) -> None:
         self._record, self._console, self._keeper, self._metrics = record, console, keeper, metrics
+        self._on_evaluation = on_evaluation
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -69,6 +76,8 @@ class DriverRecords:
             f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se")
         )
         self._console.print(f"  version {report.version}: {numbers}", style="dim")
+        if self._on_evaluation is not None:
+            self._on_evaluation(report)
 
     def warning(self, text: str) -> None:
         self._record.warning(text)

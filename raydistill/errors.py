@@ -38,12 +38,20 @@ class LostError(RunError):
     tensors on a node that died. The last checkpoint is the way on."""
 
 
-class RunStopped(Exception):  # noqa: N818
-    """Somebody asked the run to stop (Ctrl-C, SIGTERM); what was trained is in a checkpoint. Not an error."""
+class Stopped(Exception):  # noqa: N818
+    """Somebody asked for an end (Ctrl-C, SIGTERM), and the same command goes on from here. Not an error."""
+
+
+class RunStopped(Stopped):
+    """A run was stopped; what was trained is in a checkpoint."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped before step {step}")
         self.step = step
+
+
+class SweepStopped(Stopped):
+    """A sweep was stopped; its finished trials are kept, the others go on from their checkpoints."""
 
 
 class PolicyGapError(RunError):

@@ -80,8 +80,11 @@ class RunInputs:
         )
 
 
-def load_inputs(config: Config, console: Console) -> RunInputs:
-    """Make the world if the config names one, check the models, read the data; starts no actor."""
+def load_inputs(config: Config, console: Console, datasets: dict[str, Dataset] | None = None) -> RunInputs:
+    """Make the world if the config names one, check the models, read the data; starts no actor.
+
+    datasets: what other runs have read, by all that decides it; this run's is added.
+    """
     require_inputs(config)
     check_divergence(config.objective.divergence)
     config = resolve_world(config, console)
@@ -94,7 +97,13 @@ def load_inputs(config: Config, console: Console) -> RunInputs:
         room = max(config.data.min_prompt_room, config.rollout.max_new_tokens)
         config = config.model_copy(update={"data": config.data.model_copy(update={"min_prompt_room": room})})
     needs_reference = config.objective.on_policy_fraction < 1
-    data = load_dataset(config.data, facts.tokenizer, facts.max_length, needs_reference, stop_ids=facts.eos_ids)
+    datasets = {} if datasets is None else datasets
+    key = repr((config.data, config.student.model, facts.max_length, needs_reference, facts.eos_ids))
+    if key not in datasets:
+        datasets[key] = load_dataset(
+            config.data, facts.tokenizer, facts.max_length, needs_reference, stop_ids=facts.eos_ids
+        )
+    data = datasets[key]
     inputs = RunInputs(config=config, facts=facts, data=data)
     inputs.check_lengths()
     console.print(data.summary(), style="dim")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,14 @@ from raydistill.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from raydistill.attempt import Attempt
+    from raydistill.data.dataset import Dataset
+    from raydistill.driver_records import OnEvaluation
     from raydistill.inputs import RunInputs
     from raydistill.recovery.resume import ResumePoint
     from raydistill.results.record import RunRecord
 
 __all__ = ["Pools", "RunSummary", "make_pools", "run", "start_cluster"]
+SUMMARY_TABLE = "summary"  # in a finished run's record: what `run` returned
 MAX_FAILURES = 3  # of the trainer group without a new checkpoint in between: its cause will not go away
 
 
@@ -89,18 +93,48 @@ def start_cluster(config: Config) -> None:
         ) from error
 
 
-def make_pools(config: Config) -> Pools:
-    """Start the actors of a config's pools; engines and teachers are built when a run begins."""
-    from raydistill.actors.evaluator_pool import EvaluatorPool
+def _make_rollouts(config: Config) -> Any:
     from raydistill.actors.rollout_pool import RolloutPool
+
+    return RolloutPool(config.rollout, config.cluster.by_role)
+
+
+def _make_teachers(config: Config) -> Any:
     from raydistill.actors.teacher_pool import TeacherPool
 
-    by_role, timeout_s = config.cluster.by_role, config.rollout.timeout_s
-    return Pools(
-        rollouts=RolloutPool(config.rollout, by_role) if config.needs_rollout_pool else None,
-        teachers=TeacherPool(config.teacher, timeout_s, by_role) if config.needs_teacher else None,
-        evaluator=EvaluatorPool(config.evaluation, timeout_s, by_role),
-    )
+    return TeacherPool(config.teacher, config.rollout.timeout_s, config.cluster.by_role)
+
+
+def _make_evaluator(config: Config) -> Any:
+    from raydistill.actors.evaluator_pool import EvaluatorPool
+
+    return EvaluatorPool(config.evaluation, config.rollout.timeout_s, config.cluster.by_role)
+
+
+def _make_trainers(config: Config) -> Any:
+    from raydistill.trainer.crew import TrainerPool
+
+    return TrainerPool()
+
+
+POOL_MAKERS: Mapping[str, Callable[[Config], Any]] = {
+    "rollouts": _make_rollouts,
+    "teachers": _make_teachers,
+    "evaluator": _make_evaluator,
+    "trainers": _make_trainers,
+}
+"""Each starts the actors of one of a config's pools; engines and teachers are built when a run begins."""
+
+
+def make_pools(config: Config) -> Pools:
+    """Start the actors of all pools that a config needs."""
+    needs = {
+        "rollouts": config.needs_rollout_pool,
+        "teachers": config.needs_teacher,
+        "evaluator": True,
+        "trainers": True,
+    }
+    return Pools(**{name: make(config) for name, make in POOL_MAKERS.items() if needs[name]})
 
 
 def run(config: Config, pools: Pools | None = None, console: Console | None = None) -> RunSummary:
@@ -111,11 +145,31 @@ def run(config: Config, pools: Pools | None = None, console: Console | None = No
         raise KeyboardInterrupt from None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Within:
+    """What a run finds where it is one of many."""
+
+    datasets: dict[str, Dataset] = field(default_factory=dict)  # read and tokenised already, by what decides them
+    is_delivered: bool = False  # somebody else brings this run's record to the results store
+
+
+ALONE = Within()
+
+
 class Launch:
     """One run from config to export."""
 
-    def __init__(self, config: Config, pools: Pools | None, console: Console) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pools: Pools | None,
+        console: Console,
+        *,
+        within: Within = ALONE,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> None:
         self._console, self._own_pools = console, pools is None
+        self._within, self._on_evaluation = within, on_evaluation
         self._pools = pools
         self._seconds: dict[str, float] = {}
         self._config = config
@@ -133,9 +187,10 @@ class Launch:
 
         start = time.time()
         check_writable(self._config)
-        inputs = self._inputs = load_inputs(self._config, self._console)
+        # In a thread: other runs may share this event loop.
+        inputs = self._inputs = await asyncio.to_thread(load_inputs, self._config, self._console, self._within.datasets)
         config = self._config = inputs.config
-        self._findings = self._examine(inputs)
+        self._findings = await asyncio.to_thread(self._examine, inputs)
         self._folder = run_folder(config, inputs.data.fingerprint)
         start_cluster(config)
         check_placement(config, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
@@ -151,8 +206,9 @@ class Launch:
                     inputs.data.fingerprint,
                     inputs.data.held_out_fingerprint,
                     resume_at=point.version,
+                    is_delivered=self._within.is_delivered,
                 ) as record,
-                stop_on_signals(self._stop, self._console),
+                stop_on_signals(self.stop, self._console),
             ):
                 record.table("doctor", self._findings)
                 return await self._train(record, point)
@@ -185,18 +241,19 @@ class Launch:
         sampled = SampledTokens(self._folder, config)
         root = self._folder / "checkpoints"
         keeper = CheckpointKeeper(root, keeping.keep_last, keeping.keep_best, config.evaluates, sampled)
-        number, failures = 0, 0
+        failures = 0
         try:
             while True:
                 self._go_on_at(point, record)
                 keeper.restore(evaluations_of(self._folder))
-                self._attempt = Attempt(self._inputs, self._pools, record, keeper, point, number)
+                self._attempt = Attempt(self._inputs, self._pools, record, keeper, point, self._on_evaluation)
                 try:
                     summary = await self._attempt.run(self._console, self._seconds)
                     sampled.forget(config.trainer.num_steps)
-                    return await self._export(record, self._attempt, keeper, summary)
+                    done = await self._export(record, self._attempt, keeper, summary)
+                    record.table(SUMMARY_TABLE, [done.to_json()])
+                    return done
                 except LostError as error:
-                    number += 1
                     got_to, point = point.version, find_checkpoint(self._folder)
                     failures = failures + 1 if point.version == got_to else 1
                     if failures >= MAX_FAILURES:
@@ -207,7 +264,7 @@ class Launch:
         finally:
             await self._pools.end(self._folder.name)
             if self._own_pools:
-                self._pools.shutdown()
+                await self._pools.close()
 
     def _go_on_at(self, point: ResumePoint, record: RunRecord) -> None:
         """Bring the record to where the checkpoint stands."""
@@ -222,7 +279,8 @@ class Launch:
         if point.version > 0:
             self._console.print(f"{self._folder.name} goes on at step {point.version}", style="bold")
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """Let the ranks checkpoint and leave; `run` then raises RunStopped."""
         if self._attempt is not None:
             await self._attempt.stop()
 

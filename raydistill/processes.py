@@ -29,21 +29,6 @@ def this_process(name: str) -> Member:
     return Member(name=name, node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
 
 
-def actors_of_this_job(class_name: str) -> list[Member]:
-    """The living actors of a class that this driver's job started, by Ray's own list; empty if Ray does not answer."""
-    from ray.util.state import list_actors
-
-    mine = ray.get_runtime_context().get_job_id()
-    filters = [("class_name", "=", class_name), ("state", "=", "ALIVE"), ("job_id", "=", mine)]
-    with suppress(Exception):  # the dashboard may be off
-        return [
-            Member(name=class_name, node_id=actor.node_id, pid=actor.pid)
-            for actor in list_actors(filters=filters, timeout=10)
-            if actor.node_id is not None and actor.pid is not None
-        ]
-    return []
-
-
 def end_process(member: Member) -> None:
     """`kill -9` on the member's node; harmless if it has ended, or if its node is gone."""
     where = NodeAffinitySchedulingStrategy(node_id=member.node_id, soft=False)

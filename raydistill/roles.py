@@ -6,6 +6,7 @@ that lie elsewhere: the loop passes handles on and never opens one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -114,6 +115,8 @@ class Pools:
     rollouts: Any = None
     teachers: Any = None
     evaluator: Any = None
+    trainers: Any = None
+    num_adapters: int = 1  # runs that may use the rollout pool at once, each with an adapter of its own
 
     def queue_depths(self) -> dict[str, int]:
         """Calls handed out and not answered, by stage."""
@@ -122,12 +125,16 @@ class Pools:
 
     async def end(self, run: str) -> None:
         """Let go of what the actors keep for a run; they stay for the next."""
-        for pool in (self.rollouts, self.teachers, self.evaluator):
+        for pool in (self.rollouts, self.teachers, self.evaluator, self.trainers):
             if pool is not None:
                 await pool.end(run)
 
     def shutdown(self) -> None:
+        """`close`, for callers without an event loop."""
+        asyncio.run(self.close())
+
+    async def close(self) -> None:
         """End every actor."""
-        for pool in (self.rollouts, self.teachers, self.evaluator):
+        for pool in (self.rollouts, self.teachers, self.evaluator, self.trainers):
             if pool is not None:
-                pool.shutdown()
+                await pool.close()

@@ -72,7 +72,8 @@ class EvaluatorPool:
         if self._runs.pop(name, None) is not None:
             await self._pool.tell("end", name)
 
-    def shutdown(self) -> None:
+    async def close(self) -> None:
+        """End every actor."""
         self._pool.shutdown()
 
 

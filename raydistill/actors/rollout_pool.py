@@ -81,7 +81,8 @@ class RolloutPool:
         """Calls handed out and not answered."""
         return self._pool.queue_depth
 
-    def shutdown(self) -> None:
+    async def close(self) -> None:
+        """End every actor."""
         self._pool.shutdown()
 
 

@@ -97,6 +97,22 @@ def load_config(args: Sequence[str]) -> LoadedConfig:
     return _validate(draft)
 
 
+def with_values(config: Config, values: Mapping[str, Any], source: str) -> Config:
+    """The config with some dotted fields set anew, checked as a whole; ConfigError says that they came from `source`."""
+    draft = _Draft()
+    for section, fields in config.model_dump().items():
+        for leaf, value in fields.items():
+            draft.values[f"{section}.{leaf}"] = value
+    for name, value in values.items():
+        section, _, rest = name.partition(".")
+        leaf, _, key = rest.partition(".")
+        if f"{section}.{leaf}" not in config_fields():
+            draft.problems.append(unknown_field(source, name))
+        else:
+            draft.apply(_Setting(field=f"{section}.{leaf}", key=key or None, value=_unset(value), source=source))
+    return _validate(draft).config
+
+
 def require_inputs(config: Config) -> None:
     """Refuse a configuration that names no model or no data: the two things without a default."""
     if config.world.name != "none":

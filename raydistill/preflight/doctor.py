@@ -151,5 +151,5 @@ async def _parity(inputs: RunInputs) -> tuple[Any, str | None]:
         rollouts = await pool.begin("doctor", one, inputs.engine_spec(), None)
         (report,) = await rollouts.load(ray.put(weights), 0, True)
     finally:
-        pool.shutdown()
+        await pool.close()
     return report, hash_codes(codes) if codes else None

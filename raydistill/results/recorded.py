@@ -26,10 +26,12 @@ def recorded(
     data_fingerprint: str | None = None,
     held_out_fingerprint: str | None = None,
     resume_at: int = 0,
+    is_delivered: bool = False,
 ) -> Iterator[RunRecord]:
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
     A record that is there already is cut back to step `resume_at` and goes on.
+    is_delivered: somebody else brings the record to the store.
     A store that does not answer delays delivery and nothing else: one warning says how to deliver later.
     """
     record = RunRecord(folder)
@@ -46,7 +48,7 @@ def recorded(
             held_out_fingerprint=held_out_fingerprint,
         )
     uri = config.results.uri or default_uri(config.run.output.absolute())
-    delivery = start_delivery(folder, uri, config.results.experiment)
+    delivery = None if is_delivered else start_delivery(folder, uri, config.results.experiment)
     try:
         yield record
         record.end("finished")
@@ -58,7 +60,7 @@ def recorded(
         raise
     finally:
         record.close()
-        if not delivery.finish():
+        if delivery is not None and not delivery.finish():
             console.print(
                 f"warning: the results store is behind ({delivery.problem}); deliver later with `{retry_command(folder)}`",
                 style="yellow",

@@ -1,4 +1,4 @@
-"""Driver side of the trainer: Ray Train's blocking `fit()` in a thread, the feed in between.
+"""Driver side of the trainer: a crew of ranks with one job, the feed in between.
 
 One group is one attempt. When a rank, the feed or Ray Train's controller dies or hangs, `LostError` says that a
 new attempt from the last checkpoint may succeed; any other error would come again.
@@ -7,74 +7,43 @@ new attempt from the last checkpoint may succeed; any other error would come aga
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistill.config import Config
 from raydistill.errors import LostError, RunError, RunStopped
 from raydistill.messages import StepOutcome, TokenRows
-from raydistill.preflight.placement import ROLE_SHARE
-from raydistill.processes import Member, actors_of_this_job, end_process
-from raydistill.trainer.worker import TrainerJob, train
+from raydistill.trainer.crew import GIVE_UP_S, TrainerCrew, last_line
+from raydistill.trainer.worker import TrainerJob
 
-CONTROLLER = "TrainController"  # Ray Train's actor that starts and watches the ranks
 START_TIMEOUT_S = 1800.0  # imports and a large model from a cold disk
-GIVE_UP_S = 30.0  # how long a lost group may take to end by itself
 
 
 class TrainerGroup:
     """Start with `start`; then `offer` steps, wait for `outcome`s, pass on `weights` references, `finish`."""
 
     def __init__(
-        self, config: Config, feed: Any, probes: TokenRows, run_folder: Path, resume_from: Path | None, attempt: int = 0
+        self,
+        config: Config,
+        crew: TrainerCrew,
+        probes: TokenRows,
+        run_folder: Path,
+        resume_from: Path | None,
     ) -> None:
-        self._config, self._feed, self._attempt = config, feed, attempt
-        self._job = TrainerJob(config=config, probes=probes, feed=feed, run_folder=run_folder, resume_from=resume_from)
-        self._failure: BaseException | None = None
-        self._members: list[Member] = []
+        self._config, self._crew, self._feed = config, crew, crew.feed
+        self._job = TrainerJob(
+            config=config, probes=probes, feed=crew.feed, run_folder=run_folder, resume_from=resume_from
+        )
         self._offered: dict[int, float] = {}  # when the ranks got a step's parts
-        self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
+        self.is_done = False  # every rank has left the job in good order
 
     def start(self) -> None:
-        """Start the workers; returns at once."""
-        self._thread.start()
-
-    def _fit(self) -> None:
-        section = self._config.trainer
-        resources = {"CPU": section.num_cpus}
-        if section.num_gpus > 0:
-            resources["GPU"] = section.num_gpus
-        if self._config.cluster.by_role:
-            resources["trainer"] = ROLE_SHARE
-        job = self._job
-        trainer = TorchTrainer(
-            # A closure: Ray Train's controller would open a train_loop_config, and import the whole trainer for it.
-            lambda: train(job),
-            scaling_config=ScalingConfig(
-                num_workers=section.num_workers, use_gpu=section.num_gpus > 0, resources_per_worker=resources
-            ),
-            torch_config=TorchConfig(backend="nccl" if section.num_gpus > 0 else "gloo"),
-            run_config=RunConfig(
-                # Ray Train resumes a name that it knows; our checkpoints are our own, so every attempt has a name.
-                name=f"{self._job.run_folder.name}-{self._attempt}",
-                storage_path=str(self._job.run_folder / "ray_train"),
-                worker_runtime_env={"env_vars": worker_environment(self._config)},
-            ),
-        )
-        try:
-            trainer.fit()
-        except BaseException as error:
-            self._failure = error
-            with suppress(RayError):  # a dead feed has nobody left to tell
-                ray.get(self._feed.close.remote(f"the trainer group failed: {_last_line(error)}"))
+        """Hand the job to the crew; returns at once."""
+        self._crew.start(self._job)
 
     async def offer(self, step: int, parts: list[list[Any]]) -> None:
         """Hand a step's references to the ranks."""
@@ -87,7 +56,6 @@ class TrainerGroup:
             outcome: StepOutcome | None
             if step < 0:
                 outcome = await self._within(self._feed.outcome.remote(step), START_TIMEOUT_S)
-                self._members = await self._within(self._feed.members.remote())
             else:
                 outcome = await self._trained(step, self._feed.outcome.remote(step))
         except RunError as error:
@@ -105,13 +73,15 @@ class TrainerGroup:
         await self._within(self._feed.stop.remote())
 
     async def finish(self) -> None:
-        """Wait for the workers to end."""
-        await asyncio.to_thread(self._thread.join, self._config.trainer.timeout_s)
-        if self._thread.is_alive():
-            limit = self._config.trainer.timeout_s
-            raise LostError(f"the trainer group did not end within trainer.timeout_s={limit:g}")
-        if self._failure is not None:
-            raise await self._cause(self._failure, "the trainer group failed: ") from self._failure
+        """Wait until every rank is done."""
+        limit = self._config.trainer.timeout_s
+        try:
+            self.is_done = await asyncio.wait_for(self._crew.wait_done(), limit)
+        except TimeoutError:
+            raise LostError(f"the trainer group did not end within trainer.timeout_s={limit:g}") from None
+        if not self.is_done:
+            failure = self._crew.failure or LostError("its feed was lost")
+            raise await self._cause(failure, "the trainer group failed: ") from failure
 
     async def _trained(self, step: int, ref: Any) -> Any:
         """The answer; its time runs while the ranks have the step's parts: actors that make them have limits of their own."""
@@ -141,9 +111,9 @@ class TrainerGroup:
         try:
             return await asyncio.wrap_future(ref.future())
         except RayActorError as error:
-            raise LostError(f"the trainer's feed died: {_last_line(error)}") from error
+            raise LostError(f"the trainer's feed died: {last_line(error)}") from error
         except RayError as error:
-            raise RunError(_last_line(error)) from error
+            raise RunError(last_line(error)) from error
 
     async def _cause(self, error: BaseException, where: str) -> RunError:
         """Why the group failed: an error that a rank met would come again, a death is worth another attempt."""
@@ -152,44 +122,8 @@ class TrainerGroup:
             fatal = await asyncio.wait_for(asyncio.wrap_future(self._feed.fatal.remote().future()), GIVE_UP_S)
         if fatal is not None:
             return RunError(f"{where}{fatal}")
-        return LostError(f"{where}{_last_line(self._failure or error)}")
-
-    async def abort(self, reason: str, patience_s: float = GIVE_UP_S) -> None:
-        """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint.
-
-        patience_s: how long they may take to end by themselves.
-        """
-        with suppress(RayError, TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(self._feed.close.remote(reason).future()), patience_s)
-        await self._joined(patience_s)
-        if self._thread.is_alive():  # a stopped process hears nothing but the kernel
-            for member in self._members:
-                await asyncio.to_thread(end_process, member)
-            await self._joined(patience_s)
-        if self._thread.is_alive():
-            for member in await asyncio.to_thread(actors_of_this_job, CONTROLLER):
-                await asyncio.to_thread(end_process, member)
-            await self._joined(patience_s)
-
-    async def _joined(self, timeout_s: float) -> None:
-        await asyncio.to_thread(self._thread.join, timeout_s)
-
-
-def worker_environment(config: Config) -> dict[str, str]:
-    """Environment of a trainer worker, set before torch is imported."""
-    if config.trainer.num_gpus > 0:
-        return {"TOKENIZERS_PARALLELISM": "false"}
-    # Ray hides no GPU from a worker that booked none.
-    return {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""
-    }  # fmt: skip
+        return LostError(f"{where}{last_line(self._crew.failure or error)}")
 
 
 def _silent(limit_s: float) -> LostError:
     return LostError(f"the trainer did not answer within {limit_s:g} s (trainer.timeout_s)")
-
-
-def _last_line(error: BaseException) -> str:
-    """The line of a nested remote traceback that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

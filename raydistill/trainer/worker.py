@@ -6,6 +6,7 @@ it trains on. All waits have a time limit.
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 from raydistill.trainer.save import load_rank, save_rank
 from raydistill.trainer.step import Ranks, run_step
 
+JOIN_TIMEOUT_S = 60.0
 Collected = tuple[StudentWeights | None, tuple[str, str | None]]
 """A version's whole trained state and its (weights hash, codes hash); (None, ("", None)) on other ranks than 0."""
 
@@ -58,19 +60,31 @@ class TrainerJob:
     resume_from: Path | None = None  # a checkpoint's folder
 
 
-def train(job: TrainerJob) -> None:
-    """The whole life of one rank."""
+def serve(feed: Any) -> None:
+    """The whole life of one rank: one job after another."""
     import ray.train
 
     context = ray.train.get_context()
-    ray.get(job.feed.join.remote(this_process(f"trainer-{context.get_world_rank()}")))
+    rank, number = context.get_world_rank(), 0
+    ray.get(feed.join.remote(this_process(f"trainer-{rank}")), timeout=JOIN_TIMEOUT_S)
+    while (job := ray.get(feed.next_job.remote(number))) is not None:  # an idle crew waits as long as its driver lives
+        train(job, rank, context.get_world_size())
+        ray.get(feed.done.remote(number, rank), timeout=JOIN_TIMEOUT_S)
+        number += 1
+    ray.train.report({"jobs": number})
+
+
+def train(job: TrainerJob, rank: int, world_size: int) -> None:
+    """One job; its model and optimizer are gone when it is over."""
     try:
-        TrainerRank(job, context.get_world_rank(), context.get_world_size()).run()
+        TrainerRank(job, rank, world_size).run()
     except (RunError, UserError, AssertionError) as error:  # anything else may be a neighbour's death
         with suppress(ray.exceptions.RayError):  # the feed itself may be what died
             ray.get(job.feed.fail.remote(str(error)))
         raise
-    ray.train.report({"steps": job.config.trainer.num_steps})
+    gc.collect()  # DeepSpeed's engine and its model hold each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class TrainerRank:

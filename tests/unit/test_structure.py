@@ -62,6 +62,7 @@ ENTRY_POINTS = (
     "raydistill.study",
     "raydistill.preflight.doctor",
     "raydistill.reproduce",
+    "raydistill.sweep",
     "tune",
 )
 PYTHON_API = "raydistill"  # the package itself hands on `run` and `load_config`
@@ -77,7 +78,7 @@ ONLY_IMPORTED_BY = {
 LIBRARY_HOMES = {
     "vllm": ("raydistill.actors", "raydistill.evaluate", "raydistill.serving.load"),  # load: its load generator
     "deepspeed": ("raydistill.trainer",),
-    "ray.tune": ("tune",),
+    "ray.tune": ("raydistill.sweep.tuner", "raydistill.sweep.recorder"),
     "mlflow": ("raydistill.results",),
     "compressed_tensors": ("raydistill.quant",),
     "huggingface_hub": ("raydistill.serving.export",),

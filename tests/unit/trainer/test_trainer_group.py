@@ -36,7 +36,8 @@ class Feed:
 
 def group(feed: Feed) -> TrainerGroup:
     config = Config.model_validate({"trainer": {"timeout_s": TIMEOUT_S}})
-    return TrainerGroup(config, feed, TokenRows.from_rows([]), Path("run"), None)
+    crew: Any = SimpleNamespace(feed=feed, failure=None)
+    return TrainerGroup(config, crew, TokenRows.from_rows([]), Path("run"), None)
 
 
 def test_a_trainers_time_runs_from_the_offer_of_a_step() -> None:

@@ -1,9 +1,10 @@
-"""The feed: a small actor between the driver and the trainer ranks.
+"""The feed: a small actor between the driver and a crew's ranks, for one job after another.
 
-Down: the driver offers each step's parts, one list of object references per rank; a rank leases its list and fetches
-the objects straight from where they lie. Up: rank 0 reports each step's outcome and publishes weight versions; the
-driver gets the outcome, and for weights a reference only. All calls are time-limited by their callers; `close` wakes
-everyone who waits. Offering or reporting the same step twice is harmless: steps are idempotent by their id.
+A job: the driver assigns it, every rank takes it, and says when it is done with it. Within a job, down: the driver offers
+each step's parts, one list of object references per rank; a rank leases its list and fetches the objects straight from
+where they lie. Up: rank 0 reports each step's outcome and publishes weight versions; the driver gets the outcome, and for
+weights a reference only. All calls are time-limited by their callers; `close` wakes everyone who waits. Offering or
+reporting the same step twice is harmless: steps are idempotent by their id.
 """
 
 from __future__ import annotations
@@ -18,19 +19,57 @@ KEEP_VERSIONS = 3  # enough for sync.max_staleness = 1; a trainer that may run f
 
 
 class Feed:
-    """An asyncio actor: waiting calls do not block one another."""
+    """An asyncio actor: waiting calls do not block one another. Jobs are numbered from 0."""
 
-    def __init__(self, keep_versions: int = KEEP_VERSIONS) -> None:
-        self._keep_versions = keep_versions
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._num_ranks = num_ranks
         self._changed = asyncio.Condition()
+        self._members: list[Any] = []
+        self._closed: str | None = None
+        self._begin(-1, None, KEEP_VERSIONS)
+
+    def _begin(self, number: int, job: Any, keep_versions: int) -> None:
+        self._number, self._job, self._keep_versions = number, job, keep_versions
         self._parts: dict[tuple[int, int], list[Any]] = {}
         self._outcomes: dict[int, StepOutcome] = {}
         self._weights: dict[int, StudentWeights] = {}
-        self._closed: str | None = None
-        self._members: list[Any] = []
         self._fatal: str | None = None
         self._granted = -1  # the newest step that any rank trains on
         self._stop_at: int | None = None
+        self._done: set[int] = set()
+
+    async def join(self, member: Any) -> None:
+        """Rank, and Ray Train's controller: which process it is."""
+        self._members.append(member)
+
+    async def members(self) -> list[Any]:
+        """Driver: the processes of all who have joined."""
+        return self._members
+
+    async def assign(self, number: int, job: Any, keep_versions: int = KEEP_VERSIONS) -> None:
+        """Driver: the next job; everything of the one before is forgotten."""
+        async with self._changed:
+            self._begin(number, job, keep_versions)
+            self._changed.notify_all()
+
+    async def next_job(self, number: int) -> Any | None:
+        """Rank: wait for a job; None: there are no more."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._number == number or self._closed is not None)
+            return self._job if self._closed is None else None
+
+    async def done(self, number: int, rank: int) -> None:
+        """Rank: this job is over for it."""
+        async with self._changed:
+            assert number == self._number, f"rank {rank} is done with job {number}, job {self._number} is at work"
+            self._done.add(rank)
+            self._changed.notify_all()
+
+    async def wait_done(self) -> bool:
+        """Driver: wait until every rank is done with the job; False if the feed was closed before."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._done) == self._num_ranks or self._closed is not None)
+            return len(self._done) == self._num_ranks
 
     async def offer(self, step: int, parts: list[list[Any]]) -> None:
         """Driver: the references of one step, for each rank."""
@@ -48,14 +87,6 @@ class Feed:
         for key in [k for k in self._parts if k[1] == rank and k[0] < step]:
             del self._parts[key]
         return parts
-
-    async def join(self, member: Any) -> None:
-        """Rank: which process it is."""
-        self._members.append(member)
-
-    async def members(self) -> list[Any]:
-        """Driver: the processes of all ranks that have joined."""
-        return self._members
 
     async def fail(self, message: str) -> None:
         """Rank: an error that another attempt would meet again."""
@@ -105,7 +136,7 @@ class Feed:
             return self._stop_at
 
     async def close(self, reason: str) -> None:
-        """Wake everyone who waits with an error: the run is over."""
+        """No more jobs; wakes everyone who waits, with an error in the midst of one."""
         async with self._changed:
             self._closed = reason
             self._changed.notify_all()

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raydistill.actors.feed import KEEP_VERSIONS, Feed
 from raydistill.errors import RunError
 from raydistill.messages import StepOutcome, StudentWeights
+from raydistill.trainer.feed import KEEP_VERSIONS, Feed
 
 
 def outcome(step: int) -> StepOutcome:
@@ -105,7 +105,8 @@ def test_weights_are_waited_for_and_only_the_newest_are_kept() -> None:
 
 def test_a_version_that_was_let_go_is_an_error_and_not_a_wait_for_ever() -> None:
     async def whole() -> None:
-        feed = Feed(keep_versions=2)
+        feed = Feed()
+        await feed.assign(0, "job", keep_versions=2)
         waiting = asyncio.create_task(feed.weights(5))
         for version in (0, 10, 20):
             await feed.publish(weights(version))
@@ -119,7 +120,8 @@ def test_a_version_that_was_let_go_is_an_error_and_not_a_wait_for_ever() -> None
 
 def test_a_trainer_that_runs_ahead_by_the_staleness_loses_no_version_the_driver_still_asks_for() -> None:
     async def whole(staleness: int) -> None:
-        feed = Feed(keep_versions=staleness + 2)
+        feed = Feed()
+        await feed.assign(0, "job", keep_versions=staleness + 2)
         published = -1
         for step in range(10):  # the driver is about to ask for version `step`; steps up to step - 1 + S are offered
             while published < step + staleness:
@@ -201,3 +203,42 @@ def test_the_first_fatal_error_is_remembered() -> None:
         assert await feed.fatal() == "the disk is full"
 
     run(whole())
+
+
+def test_a_crew_takes_one_job_after_another_and_nothing_of_the_last_is_left() -> None:
+    async def whole() -> None:
+        feed = Feed(num_ranks=2)
+        waiting = [asyncio.ensure_future(feed.next_job(0)) for _ in range(2)]
+        await feed.assign(0, "first")
+        assert [await one for one in waiting] == ["first", "first"]
+        await feed.offer(0, [["a"], ["b"]])
+        await feed.fail("too many skipped steps")
+        over = asyncio.ensure_future(feed.wait_done())
+        await feed.done(0, 0)
+        await asyncio.sleep(0)
+        assert not over.done()  # the other rank is at work
+        await feed.done(0, 1)
+        assert await over
+        next_one = asyncio.ensure_future(feed.next_job(1))
+        await feed.assign(1, "second")
+        assert await next_one == "second"
+        assert await feed.fatal() is None
+        lease = asyncio.ensure_future(feed.lease(0, 0))
+        await asyncio.sleep(0)
+        assert not lease.done()  # step 0 of the first job is no step of this one
+        lease.cancel()
+
+    asyncio.run(whole())
+
+
+def test_a_closed_feed_has_no_more_jobs() -> None:
+    async def whole() -> None:
+        feed = Feed(num_ranks=2)
+        waiting = asyncio.ensure_future(feed.next_job(0))
+        over = asyncio.ensure_future(feed.wait_done())
+        await asyncio.sleep(0)
+        await feed.close("the crew is dismissed")
+        assert await waiting is None
+        assert not await over
+
+    asyncio.run(whole())

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one base config on one cluster, under Ray Tune."""

@@ -1,0 +1,131 @@
+"""The sweep's host: one process that drives all trials, so that they share pools, data and what was imported.
+
+An async Ray actor. Ray Tune's trial processes are thin: each asks the host to `run` its trial and passes the reports on to
+Tune. A host that dies is started again by Ray, and its trials go on from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from raydistill.messages import EvalReport
+from raydistill.sweep.spec import Sweep
+
+STOP_TIMEOUT_S = 60.0
+CONSOLE_WIDTH = 160
+
+
+class SweepHost:
+    """Runs trials; called by their processes (`run`, `next_report`, `stop`) and by the sweep's driver."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        for variable, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+            os.environ.setdefault(variable, value)
+        from raydistill.launch import POOL_MAKERS
+        from raydistill.sweep.shared import SharedPools
+
+        self._sweep = sweep
+        self._pools = SharedPools(POOL_MAKERS, sweep.file.parallel)
+        self._datasets: dict[str, Any] = {}
+        self._reports: dict[str, asyncio.Queue[dict[str, float] | None]] = {}
+        self._running: dict[str, tuple[Any, asyncio.Task[Any]]] = {}
+
+    async def ready(self) -> int:
+        """The process id, once the slow imports are done."""
+        return os.getpid()
+
+    async def run(self, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one trial, the base config with the values of `point`, to its end; an unfinished run of this name goes on.
+
+        Returns its summary as plain JSON types.
+        """
+        from raydistill.launch import Launch, Within
+
+        await self.stop(name)  # of an earlier process of this trial
+        config = self._sweep.config_of(point, name)
+        reports = self._reports[name] = asyncio.Queue()
+        folder = (config.run.output / "runs" / name).absolute()
+        finished = finished_summary(folder)
+        if finished is not None:  # it ended just before whoever asked for it did
+            reports.put_nowait(None)
+            return finished
+
+        def tell(report: EvalReport) -> None:
+            reports.put_nowait({"version": float(report.version), **report.metrics})
+
+        logs = self._sweep.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"{name}.log").open("a") as log:
+            console = Console(file=log, width=CONSOLE_WIDTH, highlight=False)
+            within = Within(datasets=self._datasets, is_delivered=True)
+            pools = self._pools.lease(name, config)
+            launch = Launch(config, pools, console, within=within, on_evaluation=tell)
+            task = asyncio.ensure_future(launch.run())
+            self._running[name] = (launch, task)
+            try:
+                summary = await task
+            finally:
+                self._running.pop(name, None)
+                self._pools.release(name)
+                reports.put_nowait(None)
+        found: dict[str, Any] = summary.to_json()
+        return found
+
+    async def next_report(self, name: str) -> dict[str, float] | None:
+        """Wait for a trial's next evaluation; None: there are no more."""
+        while name not in self._reports:
+            await asyncio.sleep(0.1)  # `run` is on its way
+        return await self._reports[name].get()
+
+    async def stop(self, name: str) -> None:
+        """Let a trial write a checkpoint and leave; harmless where it does not run."""
+        if name not in self._running:
+            return
+        launch, task = self._running[name]
+        try:
+            await launch.stop()
+            await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def stop_all(self) -> None:
+        """See `stop`."""
+        await asyncio.gather(*(self.stop(name) for name in list(self._running)), return_exceptions=True)
+
+    async def shares(self) -> dict[str, Any]:
+        """What the trials shared so far: rows of the teachers, pools started, data sets read, this process's CPU-seconds."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "teacher_rows": await self._pools.teacher_rows(),
+            "pools": self._pools.num_pools(),
+            "datasets": len(self._datasets),
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "time_s": time.time(),
+        }
+
+    async def shutdown(self) -> None:
+        """Stop what runs and end every actor."""
+        await self.stop_all()
+        await self._pools.close()
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """What a finished run returned, from its record; None if it has not finished."""
+    from raydistill.launch import SUMMARY_TABLE
+    from raydistill.recovery.resume import last_status
+    from raydistill.results.record_lines import read_record
+
+    if last_status(folder) != "finished":
+        return None
+    tables = (line for line in read_record(folder) if line["kind"] == "table" and line["name"] == SUMMARY_TABLE)
+    summaries: list[dict[str, Any]] = [table["rows"][0] for table in tables]
+    return summaries[-1] if summaries else None

@@ -1,0 +1,87 @@
+"""Tune's events as the sweep's state and as lines on the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune import Callback
+from rich.console import Console
+
+from raydistill.results.sweep_page import write_sweep_page
+from raydistill.sweep.spec import Sweep
+from raydistill.sweep.state import OVER, SweepState, Trial
+from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_name
+
+
+class SweepRecorder(Callback):
+    """Writes `sweep.json` after every event. Tune keeps this callback with its own state: on the way it is rebuilt from the
+    sweep, and reads what the file says."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._open()
+
+    def _open(self) -> None:
+        self.state = SweepState.of(self._sweep)
+        self._console = Console(stderr=True, highlight=False)
+
+    def __getstate__(self) -> Any:
+        return self._sweep
+
+    def __setstate__(self, sweep: Any) -> None:
+        self._sweep = sweep
+        self._open()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        one = self.state.change(self._run(trial), values=point_of(trial.config), status="running", error=None)
+        self._console.print(f"{one.run} starts: {described(one)}", style="dim")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        metrics = {name: value for name, value in result.items() if name.startswith("evaluate/")}
+        self.state.change(self._run(trial), metrics=metrics)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        summary = (trial.last_result or {}).get(SUMMARY)
+        if summary is None:
+            at = (trial.last_result or {}).get(VERSION)
+            one = self.state.change(
+                self._run(trial), status="stopped", error=f"the scheduler stopped it at version {at:g}"
+            )
+        else:
+            one = self.state.change(self._run(trial), status="finished", seconds=summary["seconds"])
+        value = one.metrics.get(self._sweep.file.metric)
+        shown = "no value" if value is None else f"{value:.4g}"
+        self._console.print(
+            f"{one.run} {one.status}: {self._sweep.file.metric} {shown}; {described(one)}; {self._left()}"
+        )
+        self._draw()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        one = self.state.change(self._run(trial), status="failed", error=last_line(trial))
+        self._console.print(f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
+        self._draw()
+
+    def _draw(self) -> None:
+        write_sweep_page(self._sweep.folder)
+
+    def _left(self) -> str:
+        counts = self.state.counts()
+        over = sum(counts.get(status, 0) for status in OVER)
+        return f"{over} of {self._sweep.num_trials} trials over"
+
+    def _run(self, trial: Any) -> str:
+        return run_name(self._sweep.name, trial.trial_id)
+
+
+def described(trial: Trial) -> str:
+    """`learning_rate=0.001, beta=0.5`."""
+    return ", ".join(f"{field.rpartition('.')[2]}={value}" for field, value in trial.values.items())
+
+
+def last_line(trial: Any) -> str:
+    """What a trial failed with, without the traceback around it."""
+    error = trial.get_error()
+    text = str(getattr(error, "cause", None) or error or "no reason is known")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = lines[-1] if lines else text
+    return kept.partition("RunError: ")[2] or kept

@@ -1,0 +1,144 @@
+"""The search space of a sweep: for each config field that varies, the values it may take. Pure; knows no Ray.
+
+"trainer.learning_rate" = { log_range = [1e-5, 1e-3], num = 5 }   # num: points of a grid
+"objective.beta" = [0.0, 0.5, 1.0]                                 # a list, of any type that the field takes
+"trainer.sequences_per_step" = { range = [16, 64], num = 4 }       # whole numbers where both ends are
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydistill.errors import ConfigError
+
+KEYS = ("range", "log_range", "num")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of several values."""
+
+    values: tuple[Any, ...]
+    is_log = False
+
+    def grid(self) -> tuple[Any, ...]:
+        return self.values
+
+    def draw(self, source: random.Random) -> Any:
+        return self.values[source.randrange(len(self.values))]
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that show whether the config takes them all."""
+        return self.values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Any value from low to high, both included; on a log scale where that is how it varies."""
+
+    low: float
+    high: float
+    is_log: bool
+    num: int | None  # points of a grid
+
+    @property
+    def is_whole(self) -> bool:
+        """Whole numbers only: both ends are written as such."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def grid(self) -> tuple[Any, ...]:
+        """`num` points from low to high, evenly spaced (in the logarithm); equal ones once."""
+        assert self.num is not None
+        points = [self._at(i / (self.num - 1)) for i in range(self.num)]
+        return tuple(dict.fromkeys(points))
+
+    def draw(self, source: random.Random) -> Any:
+        return self._at(source.random())
+
+    def _at(self, share: float) -> float | int:
+        if self.is_log:
+            value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        else:
+            value = self.low + share * (self.high - self.low)
+        value = min(max(value, self.low), self.high)
+        return round(value) if self.is_whole else float(f"{value:.6g}")
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that show whether the config takes them all."""
+        return (self.low, self.high)
+
+
+Values = Choice | Interval
+
+
+def parse_values(where: str, written: Any, needs_grid: bool) -> Values:
+    """What stands behind a field in `[space]`; ConfigError names `where` and what is wrong. needs_grid: an interval needs
+    its number of points."""
+    if isinstance(written, list):
+        if not written:
+            raise ConfigError(f"{where}: an empty list; name at least one value")
+        twice = next((value for value in written if written.count(value) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{where}: {twice!r} stands there twice; to repeat trials vary run.seed")
+        return Choice(values=tuple(tuple(value) if isinstance(value, list) else value for value in written))
+    if not isinstance(written, Mapping):
+        raise ConfigError(
+            f"{where}: give a list of values, or {{ range = [low, high] }} or {{ log_range = [low, high] }}"
+        )
+    unknown = sorted(set(written) - set(KEYS))
+    if unknown or ("range" in written) == ("log_range" in written):
+        what = f"{unknown[0]!r} means nothing here" if unknown else "give either range or log_range"
+        raise ConfigError(f"{where}: {what}; write a list, {{ range = [low, high] }} or {{ log_range = [low, high] }}")
+    return _parse_interval(where, written, needs_grid)
+
+
+def _parse_interval(where: str, written: Mapping[str, Any], needs_grid: bool) -> Interval:
+    is_log = "log_range" in written
+    ends, num = written["log_range" if is_log else "range"], written.get("num")
+    numbers = isinstance(ends, list) and all(
+        isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends
+    )
+    if not numbers or len(ends) != 2:
+        raise ConfigError(f"{where}: a range is [low, high], two numbers; found {ends!r}")
+    low, high = ends
+    if not low < high:
+        raise ConfigError(f"{where}: the range from {low} to {high} is empty; the lower end comes first")
+    if is_log and low <= 0:
+        raise ConfigError(f"{where}: a log range starts above 0, found {low}")
+    if num is not None and (not isinstance(num, int) or isinstance(num, bool) or num < 2):
+        raise ConfigError(f"{where}: num is the number of points, 2 or more; found {num!r}")
+    if needs_grid and num is None:
+        raise ConfigError(
+            f"{where}: a grid needs the number of points of a range: add num = 5, or set sampler = 'random'"
+        )
+    return Interval(low=low, high=high, is_log=is_log, num=num)
+
+
+def grid_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """Every combination, the last field varying fastest."""
+    fields = list(space)
+    return [dict(zip(fields, point, strict=True)) for point in itertools.product(*(space[f].grid() for f in fields))]
+
+
+def random_points(space: Mapping[str, Values], number: int, seed: int) -> list[dict[str, Any]]:
+    """`number` independent draws: a function of the seed and the order of the fields."""
+    source = random.Random(seed)
+    return [{field: values.draw(source) for field, values in space.items()} for _ in range(number)]
+
+
+def corner_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """For each field every end (or listed value) of its own, with the first of all others: what to check beforehand."""
+    first = {field: values.ends[0] for field, values in space.items()}
+    return [first | {field: end} for field, values in space.items() for end in values.ends]
+
+
+def with_seeds(points: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Each point once for every seed; as they are without seeds."""
+    return [{**point, "run.seed": seed} for point in points for seed in seeds] if seeds else [dict(p) for p in points]

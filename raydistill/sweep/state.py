@@ -1,0 +1,88 @@
+"""What a sweep knows of its trials, in `<sweep folder>/sweep.json`: written by its driver after every change, read by
+whoever shows it. A trial's own record has the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raydistill.errors import RunError
+from raydistill.sweep.spec import Sweep
+
+STATE_FILE = "sweep.json"
+Status = Literal["pending", "running", "finished", "stopped", "failed"]
+OVER = ("finished", "stopped", "failed")
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run of the sweep. metrics: of its newest evaluation, at the end of the version it exports."""
+
+    run: str
+    values: dict[str, Any]
+    status: Status = "pending"
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class SweepState:
+    """The trials of one sweep, in the order they were begun."""
+
+    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+        """head: name, metric, mode, fields (that vary), log_fields (of these, those on a log scale)."""
+        self._path, self._head = folder / STATE_FILE, dict(head)
+        self.shared: dict[str, Any] = {}
+        self.trials: dict[str, Trial] = {}
+        if self._path.exists():
+            found = read_state(folder)
+            self.trials = {one["run"]: Trial(**one) for one in found["trials"]}
+            self.shared = found.get("shared", {})
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> SweepState:
+        """The state of a sweep as its file has it."""
+        head = {
+            "name": sweep.name,
+            "metric": sweep.file.metric,
+            "mode": sweep.mode,
+            "fields": sweep.fields,
+            "log_fields": [field for field, values in sweep.space.items() if values.is_log],
+        }
+        return cls(sweep.folder, head)
+
+    def change(self, run: str, **facts: Any) -> Trial:
+        """Note something about a trial; a new one needs its `values`."""
+        if run not in self.trials:
+            self.trials[run] = Trial(run=run, values=facts.pop("values"))
+        trial = self.trials[run]
+        for name, value in facts.items():
+            setattr(trial, name, value)
+        self.save()
+        return trial
+
+    def save(self) -> None:
+        """Write the file; whole or not at all."""
+        partial = self._path.with_suffix(".partial")
+        content = {**self._head, "trials": [asdict(trial) for trial in self.trials.values()], "shared": self.shared}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, self._path)
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def counts(self) -> Mapping[str, int]:
+        """Status -> number of trials."""
+        statuses = [trial.status for trial in self.trials.values()]
+        return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of a sweep's file."""
+    found: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    return found

@@ -1,0 +1,139 @@
+"""The sweep under Ray Tune: trials, samplers, schedulers, and going on after a kill.
+
+Ray Tune chooses and starts trials, stops those that lag, and keeps its state in `<sweep folder>/tune`; the sweep's host
+runs them. The only module that knows Ray Tune.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from raydistill.errors import RunError, UserError
+from raydistill.sweep.space import Choice, Values
+from raydistill.sweep.spec import Sweep
+
+TUNE_FOLDER = "tune"
+VERSION = "version"  # the optimizer steps behind a report: what a scheduler compares at
+END = 2**31  # the "version" of a run's last report, behind all others
+SUMMARY = "summary"
+POINT = "point"
+MAX_HOST_DEATHS = 5  # met by one trial; a host that dies oftener has a cause that starting it again does not cure
+HOST_PAUSE_S = 2.0
+
+
+def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool = False) -> None:
+    """Run the whole sweep, or what is left of it. A trial that fails ends nothing; `callback` hears of it."""
+    folder = str(sweep.folder / TUNE_FOLDER)
+    trainable = tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), {"cpu": 0})
+    if Tuner.can_restore(folder):
+        tuner = Tuner.restore(folder, trainable=trainable, resume_unfinished=True, restart_errored=retry_failed)
+    else:
+        tuner = Tuner(
+            trainable,
+            param_space=_param_space(sweep),
+            tune_config=TuneConfig(
+                metric=sweep.file.metric,
+                mode=sweep.mode,
+                num_samples=1 if sweep.points is not None else sweep.num_trials,
+                max_concurrent_trials=sweep.file.parallel,
+                search_alg=_searcher(sweep),
+                scheduler=_scheduler(sweep),
+                reuse_actors=True,  # a trial's process is thin, and starting it costs more than what it does
+            ),
+            run_config=RunConfig(
+                name=TUNE_FOLDER,
+                storage_path=str(sweep.folder),
+                callbacks=[callback],
+                failure_config=FailureConfig(max_failures=0),
+                verbose=0,
+            ),
+        )
+    tuner.fit()
+
+
+def run_name(sweep_name: str, trial_id: str) -> str:
+    """Tune numbers its trials, and keeps the numbers when it goes on."""
+    return f"{sweep_name}-{int(trial_id.rpartition('_')[2]):03d}"
+
+
+def point_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What Tune hands to a trial, as dotted fields and values."""
+    return dict(parameters[POINT]) if POINT in parameters else dict(parameters)
+
+
+def _trial(parameters: Mapping[str, Any], sweep_name: str, host: Any) -> None:
+    """One trial's process: asks the host for the run, and passes its reports on to Tune."""
+    name, deaths = run_name(sweep_name, tune.get_context().get_trial_id()), 0
+    while True:
+        try:
+            summary = _run(host, name, point_of(parameters))
+        except RayActorError:  # Ray starts the host again, and the run goes on from its checkpoint
+            deaths += 1
+            if deaths > MAX_HOST_DEATHS:
+                raise
+            time.sleep(HOST_PAUSE_S)
+        else:
+            tune.report({VERSION: END, **summary["metrics"], SUMMARY: summary})
+            return
+
+
+def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
+    done = host.run.remote(name, point)
+    is_over = False
+    try:
+        while (report := ray.get(host.next_report.remote(name))) is not None:
+            tune.report(report)  # a scheduler that has seen enough ends this process here
+        summary: dict[str, Any] = ray.get(done)
+        is_over = True
+        return summary
+    except RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        raise RunError(str(cause if isinstance(cause, (RunError, UserError)) else error)) from error
+    finally:
+        if not is_over:
+            host.stop.remote(name)
+
+
+def _param_space(sweep: Sweep) -> dict[str, Any]:
+    if sweep.points is not None:
+        return {POINT: tune.grid_search([dict(point) for point in sweep.points])}
+    return {field: _domain(values) for field, values in sweep.space.items()}
+
+
+def _domain(values: Values) -> Any:
+    if isinstance(values, Choice):
+        return tune.choice(list(values.values))
+    if values.is_whole:
+        low, high = int(values.low), int(values.high) + 1
+        return tune.lograndint(low, high) if values.is_log else tune.randint(low, high)
+    return tune.loguniform(values.low, values.high) if values.is_log else tune.uniform(values.low, values.high)
+
+
+def _searcher(sweep: Sweep) -> Searcher | None:
+    if sweep.file.sampler != "optuna":
+        return None
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(metric=sweep.file.metric, mode=sweep.mode, seed=sweep.base.run.seed)
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler:
+    if sweep.file.scheduler == "none":
+        return FIFOScheduler()
+    asha = sweep.file.asha
+    return ASHAScheduler(
+        time_attr=VERSION,
+        grace_period=asha.grace_steps,
+        max_t=END,  # the last version is no reason to stop: the run still writes its export
+        reduction_factor=asha.reduction_factor,
+    )

@@ -1,0 +1,168 @@
+"""A crew: the ranks of Ray Train and DeepSpeed, as processes that outlive a run.
+
+Starting them (imports, process groups, Ray Train's own helpers) takes far longer than building a model, so a pool of them
+goes from run to run. Ray Train's blocking `fit()` runs in a thread of the driver; the ranks take one job after another from
+the crew's feed. A crew that lost a rank, or whose job failed, is ended, and the next run gets a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raydistill.config import Config
+from raydistill.preflight.placement import ROLE_SHARE
+from raydistill.processes import Member, end_process
+from raydistill.trainer.controller import CONTROLLER, ControllerJoins
+from raydistill.trainer.feed import Feed
+from raydistill.trainer.worker import TrainerJob, serve
+
+RAY_TRAIN_FOLDER = "ray_train"
+GIVE_UP_S = 30.0  # how long a lost crew may take to end by itself
+
+
+class TrainerCrew:
+    """One group of ranks. `start` a job, `wait_done`; when idle, start another; `end` in the end, whatever state it is in."""
+
+    def __init__(self, config: Config) -> None:
+        self.kind = kind_of(config)
+        self._config = config
+        # On the driver's node: whatever other node is lost, the ranks keep their feed.
+        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+        self.feed = feed.remote(config.trainer.num_workers)
+        self._number = -1
+        self.failure: BaseException | None = None
+        self._name = f"crew-{uuid.uuid4().hex[:8]}"
+        self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the ranks can take another job, as far as this process knows."""
+        return self._thread.is_alive() and self.failure is None
+
+    def start(self, job: TrainerJob) -> None:
+        """Hand a job to the ranks; returns at once."""
+        self._number += 1
+        self.feed.assign.remote(self._number, job, job.config.sync.max_staleness + 2)
+
+    async def wait_done(self) -> bool:
+        """Wait until every rank is done with the job; False if the crew ended before."""
+        with suppress(RayError):
+            done: bool = await asyncio.wrap_future(self.feed.wait_done.remote().future())
+            return done
+        return False
+
+    def _fit(self) -> None:
+        section, feed = self._config.trainer, self.feed
+        resources = {"CPU": section.num_cpus}
+        if section.num_gpus > 0:
+            resources["GPU"] = section.num_gpus
+        if self._config.cluster.by_role:
+            resources["trainer"] = ROLE_SHARE
+        storage = self._config.run.output.absolute() / RAY_TRAIN_FOLDER
+        trainer = TorchTrainer(
+            # A closure: Ray Train's controller would open a train_loop_config, and import the whole trainer for it.
+            lambda: serve(feed),
+            scaling_config=ScalingConfig(
+                num_workers=section.num_workers, use_gpu=section.num_gpus > 0, resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(backend="nccl" if section.num_gpus > 0 else "gloo"),
+            run_config=RunConfig(
+                # Ray Train resumes a name that it knows; our checkpoints are our own, so every crew has a name.
+                name=self._name,
+                storage_path=str(storage),
+                worker_runtime_env={"env_vars": worker_environment(self._config)},
+                callbacks=[ControllerJoins(feed)],
+            ),
+        )
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self.failure = error
+            with suppress(RayError):  # a dead feed has nobody left to tell
+                ray.get(feed.close.remote(f"the trainer group failed: {last_line(error)}"))
+        shutil.rmtree(storage / self._name, ignore_errors=True)
+
+    async def end(self, patience_s: float = GIVE_UP_S) -> None:
+        """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint.
+
+        patience_s: how long they may take to end by themselves.
+        """
+        members: list[Member] = []
+        with suppress(RayError, TimeoutError):
+            closing = self.feed.close.remote("the crew is dismissed")
+            await asyncio.wait_for(asyncio.wrap_future(closing.future()), patience_s)
+            members = await asyncio.wait_for(asyncio.wrap_future(self.feed.members.remote().future()), patience_s)
+        await self._joined(patience_s)
+        # A stopped process hears nothing but the kernel. The ranks first: with them gone, the controller ends by itself.
+        for whose in (True, False):
+            if self._thread.is_alive():
+                for member in members:
+                    if (member.name != CONTROLLER) is whose:
+                        await asyncio.to_thread(end_process, member)
+                await self._joined(patience_s)
+        ray.kill(self.feed)
+
+    async def _joined(self, timeout_s: float) -> None:
+        await asyncio.to_thread(self._thread.join, timeout_s)
+
+
+class TrainerPool:
+    """Crews that are idle now, by what they were started as."""
+
+    def __init__(self) -> None:
+        self._idle: list[TrainerCrew] = []
+
+    def lease(self, config: Config) -> TrainerCrew:
+        """A crew for one attempt at a run: an idle one, else a new one."""
+        for crew in self._idle:
+            if crew.is_alive and crew.kind == kind_of(config):
+                self._idle.remove(crew)
+                return crew
+        return TrainerCrew(config)
+
+    def give_back(self, crew: TrainerCrew) -> None:
+        """The crew's job is over, and it is well."""
+        self._idle.append(crew)
+
+    async def end(self, run: str) -> None:
+        """Crews keep nothing of a run."""
+
+    async def close(self) -> None:
+        """End every idle crew."""
+        await asyncio.gather(*(crew.end() for crew in self._idle))
+        self._idle.clear()
+
+
+def kind_of(config: Config) -> tuple[object, ...]:
+    """What a crew's processes are started as; everything else comes with a job."""
+    section = config.trainer
+    return section.num_workers, section.num_gpus, section.num_cpus, config.cluster.by_role
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment of a trainer worker, set before torch is imported."""
+    if config.trainer.num_gpus > 0:
+        return {"TOKENIZERS_PARALLELISM": "false"}
+    # Ray hides no GPU from a worker that booked none.
+    return {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""
+    }  # fmt: skip
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a nested remote traceback that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
