@@ -3,6 +3,7 @@
 "trainer.learning_rate" = { log_range = [1e-5, 1e-3], num = 5 }   # num: points of a grid
 "objective.beta" = [0.0, 0.5, 1.0]                                 # a list, of any type that the field takes
 "trainer.sequences_per_step" = { range = [16, 64], num = 4 }       # whole numbers where both ends are
+adapter = [{ rank = 8, alpha = 16 }, { rank = 16, alpha = 32 }]    # fields of one section that vary together
 """
 
 from __future__ import annotations
@@ -121,22 +122,39 @@ def _parse_interval(where: str, written: Mapping[str, Any], needs_grid: bool) ->
     return Interval(low=low, high=high, is_log=is_log, num=num)
 
 
+def parse_together(where: str, written: Any, base: Mapping[str, Any]) -> Choice:
+    """Fields of one section that vary together: a list of tables. base: the section's values where a table is silent."""
+    if not isinstance(written, list) or not written or not all(isinstance(one, dict) and one for one in written):
+        raise ConfigError(f"{where} is a section: list what its fields are together, as in [{{ rank = 8, alpha = 16 }}, ...]")
+    names = list(dict.fromkeys(name for one in written for name in one))
+    return Choice(values=tuple({name: one.get(name, base[name]) for name in names} for one in written))
+
+
+def spread(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point with a value for each field, also for those that vary together."""
+    found: dict[str, Any] = {}
+    for name, value in point.items():
+        found |= {f"{name}.{leaf}": one for leaf, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 def grid_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:
     """Every combination, the last field varying fastest."""
     fields = list(space)
-    return [dict(zip(fields, point, strict=True)) for point in itertools.product(*(space[f].grid() for f in fields))]
+    points = itertools.product(*(space[field].grid() for field in fields))
+    return [spread(dict(zip(fields, point, strict=True))) for point in points]
 
 
 def random_points(space: Mapping[str, Values], number: int, seed: int) -> list[dict[str, Any]]:
     """`number` independent draws: a function of the seed and the order of the fields."""
     source = random.Random(seed)
-    return [{field: values.draw(source) for field, values in space.items()} for _ in range(number)]
+    return [spread({field: values.draw(source) for field, values in space.items()}) for _ in range(number)]
 
 
 def corner_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:
     """For each field every end (or listed value) of its own, with the first of all others: what to check beforehand."""
     first = {field: values.ends[0] for field, values in space.items()}
-    return [first | {field: end} for field, values in space.items() for end in values.ends]
+    return [spread(first | {field: end}) for field, values in space.items() for end in values.ends]
 
 
 def with_seeds(points: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:

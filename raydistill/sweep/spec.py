@@ -23,12 +23,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raydistill.config import Config
-from raydistill.config.fields import config_fields
+from raydistill.config.fields import config_fields, config_sections
 from raydistill.config.load import load_config, with_values
 from raydistill.config.problems import unknown_field
 from raydistill.errors import ConfigError
 from raydistill.results.query import higher_is_better
-from raydistill.sweep.space import Values, corner_points, grid_points, parse_values, random_points, with_seeds
+from raydistill.sweep.space import (
+    Values,
+    corner_points,
+    grid_points,
+    parse_together,
+    parse_values,
+    random_points,
+    with_seeds,
+)
 
 DEFAULT_METRIC = "evaluate/kl_nats"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -79,6 +87,7 @@ class Sweep:
     name: str
     file: SweepFile
     space: Mapping[str, Values]
+    varying: tuple[str, ...]  # dotted fields, also of those that vary together
     base: Config  # the settings of every trial
     points: tuple[Mapping[str, Any], ...] | None  # None: chosen one after another (optuna)
 
@@ -100,7 +109,7 @@ class Sweep:
     @property
     def fields(self) -> list[str]:
         """The dotted fields that vary, seeds last."""
-        return [*self.space, *(["run.seed"] if self.file.seeds else [])]
+        return [*self.varying, *(["run.seed"] if self.file.seeds else [])]
 
     def config_of(self, point: Mapping[str, Any], run: str) -> Config:
         """The config of one trial; ConfigError if the point's values do not fit together."""
@@ -121,25 +130,36 @@ def load_sweep(path: Path, arguments: Sequence[str] = (), **changes: Any) -> Swe
     changes: keys of the file that the command line sets (name, parallel, num_samples, ...); None leaves the file's.
     """
     file = _read(path, {key: value for key, value in changes.items() if value is not None})
-    problems = [unknown_field(f"{path}: {part}", name) for part, names in (("settings", file.settings), ("space", file.space))
-                for name in names if _field_of(name) is None]  # fmt: skip
-    problems += [f"{path}: space: {name} is the sweep's own; leave it out" for name in file.space if name in NOT_SWEPT]
-    problems += [f"{path}: {name} stands in both settings and space" for name in file.space if name in file.settings]
-    if file.seeds and "run.seed" in file.space:
+    together = {name: written for name, written in file.space.items() if name in config_sections()}
+    alone = [name for name in file.space if name not in together]
+    alone += [f"{name}.{leaf}" for name, tables in together.items() for leaf in _leaves(tables)]
+    parts = (("settings", file.settings), ("space", alone))
+    problems = [
+        unknown_field(f"{path}: {part}", name) for part, names in parts for name in names if _field_of(name) is None
+    ]
+    problems += [f"{path}: space: {name} is the sweep's own; leave it out" for name in alone if name in NOT_SWEPT]
+    problems += [f"{path}: {name} stands in both settings and space" for name in alone if name in file.settings]
+    if file.seeds and "run.seed" in alone:
         problems.append(f"{path}: run.seed stands in space, and seeds are given; keep one of them")
     if problems:
         raise ConfigError("\n".join(problems))
     if not file.space and not file.seeds:
         raise ConfigError(f"{path}: nothing varies; name fields and their values in [space], or seeds")
-    space = {
-        name: parse_values(f"{path}: space: {name}", file.space[name], file.sampler == "grid") for name in file.space
-    }
     given = (*file.base, *override({"teacher.cache_gib": file.cache_gib} | dict(file.settings)), *arguments)
+    base = load_config(given).config
+    space: dict[str, Values] = {}
+    for name, written in file.space.items():
+        where = f"{path}: space: {name}"
+        if name in together:
+            space[name] = parse_together(where, written, getattr(base, name).model_dump())
+        else:
+            space[name] = parse_values(where, written, file.sampler == "grid")
     sweep = Sweep(
         name=file.name or path.stem,
         file=file,
         space=space,
-        base=load_config(given).config,
+        base=base,
+        varying=tuple(alone),
         points=_points(path, file, space),
     )
     _check_points(path, sweep)
@@ -157,6 +177,12 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _leaves(tables: Any) -> list[str]:
+    """The fields of a section that vary together; none where it is no list of tables, which is refused later."""
+    one_by_one = tables if isinstance(tables, list) else []
+    return list(dict.fromkeys(leaf for table in one_by_one if isinstance(table, dict) for leaf in table))
 
 
 def _field_of(name: str) -> Any:

@@ -6,6 +6,7 @@ runs them. The only module that knows Ray Tune.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raydistill.errors import RunError, UserError
-from raydistill.sweep.space import Choice, Values
+from raydistill.sweep.space import Choice, Values, spread
 from raydistill.sweep.spec import Sweep
 
 TUNE_FOLDER = "tune"
@@ -27,14 +28,22 @@ VERSION = "version"  # the optimizer steps behind a report: what a scheduler com
 END = 2**31  # the "version" of a run's last report, behind all others
 SUMMARY = "summary"
 POINT = "point"
+QUIET = {  # the sweep's own lines, state and page say it
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_LEN_IDENTIFIER": "40",
+}
 MAX_HOST_DEATHS = 5  # met by one trial; a host that dies oftener has a cause that starting it again does not cure
 HOST_PAUSE_S = 2.0
+THIN = 0.001  # CPUs of a trial's own process, which waits; Tune wants more than none
 
 
 def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool = False) -> None:
     """Run the whole sweep, or what is left of it. A trial that fails ends nothing; `callback` hears of it."""
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     folder = str(sweep.folder / TUNE_FOLDER)
-    trainable = tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), {"cpu": 0})
+    trainable = tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), {"cpu": THIN})
     if Tuner.can_restore(folder):
         tuner = Tuner.restore(folder, trainable=trainable, resume_unfinished=True, restart_errored=retry_failed)
     else:
@@ -68,7 +77,7 @@ def run_name(sweep_name: str, trial_id: str) -> str:
 
 def point_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What Tune hands to a trial, as dotted fields and values."""
-    return dict(parameters[POINT]) if POINT in parameters else dict(parameters)
+    return dict(parameters[POINT]) if POINT in parameters else spread(parameters)
 
 
 def _trial(parameters: Mapping[str, Any], sweep_name: str, host: Any) -> None:

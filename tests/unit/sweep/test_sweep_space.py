@@ -1,0 +1,78 @@
+"""The search space: which points a grid has, what is drawn, and what is refused."""
+
+import random
+
+import pytest
+
+from raydistill.errors import ConfigError
+from raydistill.sweep.space import Choice, Interval, grid_points, parse_values, random_points, with_seeds
+
+
+def values(written: object, needs_grid: bool = True) -> Choice | Interval:
+    return parse_values("s.toml: space: f", written, needs_grid)
+
+
+def test_a_log_range_has_evenly_spaced_exponents_and_both_ends() -> None:
+    assert values({"log_range": [1e-5, 1e-1], "num": 5}).grid() == (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def test_a_range_of_whole_numbers_gives_whole_numbers_once_each() -> None:
+    assert values({"range": [1, 3], "num": 5}).grid() == (1, 2, 3)
+    assert values({"range": [1.0, 3.0], "num": 5}).grid() == (1.0, 1.5, 2.0, 2.5, 3.0)
+
+
+def test_a_grid_is_every_combination() -> None:
+    space = {"a": values([1, 2]), "b": values(["x", "y", "z"])}
+    points = grid_points(space)
+    assert len(points) == 6
+    assert points[:2] == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}]
+    assert len({tuple(point.values()) for point in points}) == 6
+
+
+def test_random_points_are_a_function_of_the_seed_and_stay_inside() -> None:
+    space = {"lr": values({"log_range": [1e-5, 1e-3]}, needs_grid=False), "beta": values([0.0, 1.0])}
+    points = random_points(space, 200, seed=3)
+    assert points == random_points(space, 200, seed=3) != random_points(space, 200, seed=4)
+    assert all(1e-5 <= point["lr"] <= 1e-3 for point in points)
+    # Evenly spread in the logarithm: half of the draws lie below the geometric mean.
+    assert 70 < sum(point["lr"] < 1e-4 for point in points) < 130
+    assert {point["beta"] for point in points} == {0.0, 1.0}
+
+
+def test_an_interval_of_whole_numbers_draws_its_ends_too() -> None:
+    interval = values({"range": [1, 3]}, needs_grid=False)
+    assert {interval.draw(random.Random(seed)) for seed in range(100)} == {1, 2, 3}
+
+
+def test_repetitions_are_every_point_with_every_seed() -> None:
+    assert with_seeds([{"a": 1}, {"a": 2}], [0, 7]) == [
+        {"a": 1, "run.seed": 0},
+        {"a": 1, "run.seed": 7},
+        {"a": 2, "run.seed": 0},
+        {"a": 2, "run.seed": 7},
+    ]
+    assert with_seeds([{"a": 1}], []) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ([], "an empty list"),
+        ([1, 2, 1], "1 stands there twice; to repeat trials vary run.seed"),
+        (3, "give a list of values, or"),
+        ({"range": [2, 1], "num": 3}, "the range from 2 to 1 is empty"),
+        ({"range": [1, 1], "num": 3}, "is empty"),
+        ({"range": [1], "num": 3}, "two numbers"),
+        ({"range": ["a", "b"], "num": 3}, "two numbers"),
+        ({"log_range": [0, 1], "num": 3}, "starts above 0, found 0"),
+        ({"range": [0, 1], "num": 1}, "num is the number of points, 2 or more"),
+        ({"range": [0, 1]}, "a grid needs the number of points"),
+        ({"range": [0, 1], "log_range": [1, 2], "num": 3}, "give either range or log_range"),
+        ({"rang": [0, 1], "num": 3}, "'rang' means nothing here"),
+    ],
+)
+def test_what_cannot_be_a_space_is_refused_with_its_field(written: object, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        values(written)
+    assert str(caught.value).startswith("s.toml: space: f: ")
+    assert complaint in str(caught.value)
