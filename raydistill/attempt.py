@@ -74,10 +74,9 @@ class Attempt:
     async def run(self, console: Console, seconds: dict[str, float]) -> LoopSummary:
         """Train from the attempt's checkpoint to the end; adds its start-up and training time to `seconds`."""
         start, patience_s = time.time(), GIVE_UP_S
-        self._trainer.start()
         try:
             with spinner(console, "starting engines, teachers and trainer workers"):
-                await first_error(self._arm(), self._trainer.outcome(-1))
+                await first_error(self._arm(), self._trainer.start())
             self._record_engines()
             armed = time.time()
             seconds["start"] = seconds.get("start", 0.0) + armed - start

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from rich.console import Console
 
+from raydistill.results.record_lines import read_record
 from raydistill.results.sweep_page import write_sweep_page
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SweepState, Trial
@@ -57,7 +59,9 @@ class SweepRecorder(Callback):
         self._draw()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        one = self.state.change(self._run(trial), status="failed", error=last_line(trial))
+        run = self._run(trial)
+        folder = self._sweep.base.run.output.absolute() / "runs" / run
+        one = self.state.change(run, status="failed", error=reason_of(folder, trial))
         self._console.print(f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
         self._draw()
 
@@ -78,10 +82,12 @@ def described(trial: Trial) -> str:
     return ", ".join(f"{field.rpartition('.')[2]}={value}" for field, value in trial.values.items())
 
 
-def last_line(trial: Any) -> str:
-    """What a trial failed with, without the traceback around it."""
-    error = trial.get_error()
-    text = str(getattr(error, "cause", None) or error or "no reason is known")
+def reason_of(folder: Path, trial: Any) -> str:
+    """Why a trial failed: as its run's record says, else as Tune heard it, without the traceback around it."""
+    ends = [line for line in read_record(folder) if line["kind"] == "end" and line["status"] == "failed"]
+    if ends and ends[-1].get("message"):
+        return str(ends[-1]["message"])
+    error = trial.get_pickled_error()
+    text = str(getattr(error, "cause", None) or error or "no reason is known; see its log")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = lines[-1] if lines else text
-    return kept.partition("RunError: ")[2] or kept
+    return lines[-1]

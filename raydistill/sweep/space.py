@@ -125,7 +125,9 @@ def _parse_interval(where: str, written: Mapping[str, Any], needs_grid: bool) ->
 def parse_together(where: str, written: Any, base: Mapping[str, Any]) -> Choice:
     """Fields of one section that vary together: a list of tables. base: the section's values where a table is silent."""
     if not isinstance(written, list) or not written or not all(isinstance(one, dict) and one for one in written):
-        raise ConfigError(f"{where} is a section: list what its fields are together, as in [{{ rank = 8, alpha = 16 }}, ...]")
+        raise ConfigError(
+            f"{where} is a section: list what its fields are together, as in [{{ rank = 8, alpha = 16 }}, ...]"
+        )
     names = list(dict.fromkeys(name for one in written for name in one))
     return Choice(values=tuple({name: one.get(name, base[name]) for name in names} for one in written))
 

@@ -52,10 +52,11 @@ class TrainerCrew:
         """Whether the ranks can take another job, as far as this process knows."""
         return self._thread.is_alive() and self.failure is None
 
-    def start(self, job: TrainerJob) -> None:
-        """Hand a job to the ranks; returns at once."""
+    async def start(self, job: TrainerJob) -> None:
+        """Hand a job to the ranks; returns when the feed has it, so that what is asked of the feed next is about this job."""
         self._number += 1
-        self.feed.assign.remote(self._number, job, job.config.sync.max_staleness + 2)
+        assigned = self.feed.assign.remote(self._number, job, job.config.sync.max_staleness + 2)
+        await asyncio.wrap_future(assigned.future())
 
     async def wait_done(self) -> bool:
         """Wait until every rank is done with the job; False if the crew ended before."""

@@ -21,6 +21,7 @@ from raydistill.trainer.crew import GIVE_UP_S, TrainerCrew, last_line
 from raydistill.trainer.worker import TrainerJob
 
 START_TIMEOUT_S = 1800.0  # imports and a large model from a cold disk
+BEFORE_THE_FIRST = -1  # the "step" whose outcome is the version that training starts from
 
 
 class TrainerGroup:
@@ -41,9 +42,13 @@ class TrainerGroup:
         self._offered: dict[int, float] = {}  # when the ranks got a step's parts
         self.is_done = False  # every rank has left the job in good order
 
-    def start(self) -> None:
-        """Hand the job to the crew; returns at once."""
-        self._crew.start(self._job)
+    async def start(self) -> StepOutcome:
+        """Hand the job to the crew; returns when the first version is published."""
+        try:
+            await asyncio.wait_for(self._crew.start(self._job), START_TIMEOUT_S)
+        except (RayActorError, TimeoutError) as error:
+            raise LostError(f"the trainer's feed did not start: {last_line(error)}") from error
+        return await self.outcome(BEFORE_THE_FIRST)
 
     async def offer(self, step: int, parts: list[list[Any]]) -> None:
         """Hand a step's references to the ranks."""
@@ -54,7 +59,7 @@ class TrainerGroup:
         """Wait until a step is trained (-1: until the first version is published). RunStopped after `stop`."""
         try:
             outcome: StepOutcome | None
-            if step < 0:
+            if step == BEFORE_THE_FIRST:
                 outcome = await self._within(self._feed.outcome.remote(step), START_TIMEOUT_S)
             else:
                 outcome = await self._trained(step, self._feed.outcome.remote(step))

@@ -311,7 +311,7 @@ def test_a_step_whose_teacher_answers_nan_is_skipped_and_counted(
 ) -> None:
     summary = run(
         nan_config(make_config, nan_teacher, "nan", 0.25),
-        Pools(teachers=vllm_pools.teachers, evaluator=vllm_pools.evaluator),
+        replace(vllm_pools, rollouts=None),
         QUIET,
     )
     assert summary.skipped_steps == 1
@@ -328,7 +328,7 @@ def test_a_step_whose_teacher_answers_nan_is_skipped_and_counted(
 def test_more_skipped_steps_than_allowed_stop_the_run(vllm_pools: Pools, make_config: Any, nan_teacher: Any) -> None:
     config = nan_config(make_config, nan_teacher, "too-many-nan", 0.0)
     with pytest.raises(RunError, match=r"1 steps were skipped.*teacher answers are NaN.*max_skipped_fraction=0.0"):
-        run(config, Pools(teachers=vllm_pools.teachers, evaluator=vllm_pools.evaluator), QUIET)
+        run(config, replace(vllm_pools, rollouts=None), QUIET)
     *_, end = read_record(config.run.output / "runs" / "too-many-nan")
     assert (end["kind"], end["status"]) == ("end", "failed")
 

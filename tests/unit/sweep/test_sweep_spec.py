@@ -42,7 +42,9 @@ def test_every_trial_has_the_settings_and_its_own_values(tmp_path: Path) -> None
 
 
 def test_sections_may_be_written_as_tables(tmp_path: Path) -> None:
-    one = sweep(tmp_path, '[space]\n"trainer.learning_rate" = [1e-4, 1e-3]\n"trainer.num_steps" = { range = [1, 3], num = 3 }')
+    one = sweep(
+        tmp_path, '[space]\n"trainer.learning_rate" = [1e-4, 1e-3]\n"trainer.num_steps" = { range = [1, 3], num = 3 }'
+    )
     other = sweep(tmp_path, "[space.trainer]\nlearning_rate = [1e-4, 1e-3]\nnum_steps = { range = [1, 3], num = 3 }")
     assert one.points == other.points
 
@@ -57,7 +59,7 @@ def test_fields_of_a_section_may_vary_together(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="quant is a section: list what its fields are together"):
         sweep(tmp_path, "[space]\nquant = [1, 2]")
-    with pytest.raises(ConfigError, match="did you mean `quant.format`"):
+    with pytest.raises(ConfigError, match=r"did you mean `quant\.format`"):
         sweep(tmp_path, '[space]\nquant = [{ forma = "int2" }]')
 
 

@@ -1,0 +1,135 @@
+"""Sweeps with the real Ray Tune: sharing changes no result, a failing trial ends nothing, a killed sweep goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_helpers import QUIET, losses, serial_config, wait_for_step
+
+from raydistill.config import Config
+from raydistill.errors import ResourceError, UserError
+from raydistill.launch import run
+from raydistill.results.record import read_record
+from raydistill.sweep.run import check_parallel, run_sweep
+from raydistill.sweep.spec import Sweep, load_sweep
+from raydistill.sweep.state import read_state
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+THE_SWEEPS_OWN = ("name", "resume", "cache_gib")
+NO_NUMBER = 1e30  # a learning rate after which every loss is NaN
+
+
+def sweep_file(path: Path, config: Config, space: str, head: str = "") -> Path:
+    """A sweep over `space` whose trials are otherwise `config`."""
+    settings = [
+        f'"{section}.{name}" = {json.dumps(value)}'
+        for section, fields in config.model_dump(mode="json").items()
+        for name, value in fields.items()
+        if value is not None and not isinstance(value, dict) and name not in THE_SWEEPS_OWN and name not in space
+    ]
+    path.write_text("\n".join([head, "[settings]", *settings, "[space]", space]) + "\n")
+    return path
+
+
+def trial_config(make_config: Any, output: Path, **changes: Any) -> Config:
+    config: Config = serial_config(
+        make_config, "any", rollout={"engine": "hf"}, trainer={"num_steps": STEPS}, **changes
+    )
+    return config.model_copy(update={"run": config.run.model_copy(update={"output": output, "name": None})})
+
+
+def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_config: Any, tmp_path: Path) -> None:
+    """Two at a time: they take turns in one engine, and one that fails leaves the others alone."""
+    config = trial_config(make_config, tmp_path / "sweep")
+    space = f'"trainer.learning_rate" = [1e-3, {NO_NUMBER}, 4e-3]'
+    sweep = load_sweep(sweep_file(tmp_path / "lr.toml", config, space, "parallel = 2"))
+    result = run_sweep(sweep)
+    state = read_state(sweep.folder)
+    assert [trial["status"] for trial in state["trials"]] == ["finished", "failed", "finished"]
+    assert "max_skipped_fraction" in state["trials"][1]["error"]
+    assert result.num_finished == 2
+    assert state["shared"]["pools"] == {"rollouts": 1, "teachers": 1, "evaluator": 1, "trainers": 1}
+    assert state["shared"]["datasets"] == 1
+    assert state["shared"]["teacher_rows"]["kept_rows"] > 0
+
+    for trial in (state["trials"][0], state["trials"][2]):
+        rate = trial["values"]["trainer.learning_rate"]
+        alone = config.model_copy(
+            update={
+                "run": config.run.model_copy(update={"output": tmp_path / "alone", "name": trial["run"]}),
+                "trainer": config.trainer.model_copy(update={"learning_rate": rate}),
+            }
+        )
+        separate = run(alone, console=QUIET)
+        lines = read_record(tmp_path / "sweep" / "runs" / trial["run"])
+        shared = [line["metrics"]["trainer/loss"] for line in lines if line["kind"] == "step"]
+        np.testing.assert_allclose(shared, losses(separate), rtol=1e-5)
+        assert trial["metrics"]["evaluate/kl_nats"] == pytest.approx(separate.metrics["evaluate/kl_nats"], rel=1e-4)
+
+    with pytest.raises(UserError, match="has finished"):
+        run_sweep(sweep)
+
+
+def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
+    make_config: Any, tmp_path: Path
+) -> None:
+    config = trial_config(
+        make_config, tmp_path / "out", objective={"on_policy_fraction": 0.0}, checkpoint={"save_every": 1}
+    )
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_steps": 12})})
+    file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3, 4e-3]')
+    command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+    runs = tmp_path / "out" / "runs"
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for_step(runs / "lr-001", 4)
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.wait(30)
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=400, check=False)
+    assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+    kinds = {name: [line["kind"] for line in read_record(runs / name)] for name in ("lr-000", "lr-001", "lr-002")}
+    assert {name: [of.count("start"), of.count("step"), of.count("resume")] for name, of in kinds.items()} == {
+        "lr-000": [1, 12, 0],
+        "lr-001": [1, 12, 1],
+        "lr-002": [1, 12, 0],
+    }
+    (resumed,) = [line for line in read_record(runs / "lr-001") if line["kind"] == "resume"]
+    assert resumed["step"] > 0, "it began anew"
+    state = read_state(tmp_path / "out" / "sweeps" / "lr")
+    assert [trial["status"] for trial in state["trials"]] == ["finished"] * 3
+
+
+def test_more_trials_at_a_time_than_fit_are_refused_with_the_most_that_do(make_config: Any) -> None:
+    config = make_config(trainer={"num_cpus": 2}, teacher={"num_cpus": 1}, rollout={"num_cpus": 0.5})
+    check_parallel(config, 3, {"CPU": 8.0})
+    with pytest.raises(ResourceError, match=r"the most that fit are 3: set --parallel 3"):
+        check_parallel(config, 4, {"CPU": 8.0})
+
+
+def sweep_of(make_config: Any, tmp_path: Path, **changes: Any) -> Sweep:
+    config = trial_config(make_config, tmp_path / "out", **changes)
+    return load_sweep(sweep_file(tmp_path / "s.toml", config, '"trainer.learning_rate" = [1e-3]'))
+
+
+def test_a_sweep_of_other_settings_does_not_go_on_in_the_same_folder(make_config: Any, tmp_path: Path) -> None:
+    from raydistill.sweep.run import _check_identity
+
+    first = sweep_of(make_config, tmp_path)
+    first.folder.mkdir(parents=True)
+    _check_identity(first, retry_failed=False)
+    _check_identity(first, retry_failed=False)
+    other = sweep_of(make_config, tmp_path, quant={"format": "int4"})
+    with pytest.raises(UserError, match=r"quant.format was 'int2', is 'int4'.*--resume never"):
+        _check_identity(other, retry_failed=False)
