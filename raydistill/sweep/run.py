@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.cli import console
 from raydistill.config import Config, WorldSection
@@ -88,10 +89,12 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
 def _host(sweep: Sweep) -> Iterator[Any]:
     """The process that drives all trials; Ray starts it again if it dies. Its trials are stopped at the end."""
     options: dict[str, Any] = {
+        "name": f"sweep-{sweep.name}",
         "num_cpus": 0,
         "max_concurrency": 1000,
         "max_restarts": -1,
-        "name": f"sweep-{sweep.name}",
+        # Beside the sweep's own process, where the outputs are.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
     }
     host: Any = ray.remote(SweepHost).options(**options).remote(sweep)
     try:

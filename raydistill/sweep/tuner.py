@@ -35,7 +35,7 @@ QUIET = {  # the sweep's own lines, state and page say it
 }
 MAX_HOST_DEATHS = 5  # met by one trial; a host that dies oftener has a cause that starting it again does not cure
 HOST_PAUSE_S = 2.0
-THIN = 0.001  # CPUs of a trial's own process, which waits; Tune wants more than none
+THIN = 0.001  # of a resource, for a trial's own process, which only waits; Tune wants more than nothing
 
 
 def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool = False) -> None:
@@ -43,7 +43,9 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     folder = str(sweep.folder / TUNE_FOLDER)
-    trainable = tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), {"cpu": THIN})
+    # Where the sweep's own process is: whatever other node is lost takes no trial along.
+    here = {"cpu": THIN, f"node:{ray.util.get_node_ip_address()}": THIN}
+    trainable = tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), here)
     if Tuner.can_restore(folder):
         tuner = Tuner.restore(folder, trainable=trainable, resume_unfinished=True, restart_errored=retry_failed)
     else:
