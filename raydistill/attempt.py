@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from raydistill.actors.evaluator_pool import RunEvaluator
+from raydistill.actors.evaluator_pool import RunEvaluator, ShownRows
 from raydistill.actors.rollout import EngineSpec
 from raydistill.actors.rollout_pool import RunRollouts
 from raydistill.actors.teacher_pool import RunTeachers
@@ -23,7 +23,7 @@ from raydistill.driver_records import DriverRecords, OnEvaluation
 from raydistill.errors import RunStopped
 from raydistill.inputs import RunInputs
 from raydistill.loop import DistillationLoop, LoopSummary
-from raydistill.messages import Samples, Scored
+from raydistill.messages import Samples, Scored, TokenRows
 from raydistill.models import StudentSpec
 from raydistill.progress import spinner
 from raydistill.ray_metrics import RayMetrics
@@ -143,7 +143,32 @@ class Attempt:
         if config.needs_teacher:
             vocab_size = self._inputs.facts.vocab_size
             self.teachers = await pools.teachers.begin(self._name, config.teacher, config.objective, vocab_size)
-        self.evaluator = await pools.evaluator.begin(self._name, spec, config.objective, references, score)
+        shown = await self._shown_rows() if config.evaluation.shown_rows else None
+        self.evaluator = await pools.evaluator.begin(self._name, spec, config.objective, references, score, shown)
+
+    async def _shown_rows(self) -> ShownRows:
+        """The first held-out rows, with what the teacher writes for them."""
+        config, tokenizer = self._config, self._inputs.facts.tokenizer
+        examples = self._inputs.data.held_out[: config.evaluation.shown_rows]
+        prompts = TokenRows.from_rows([example.prompt_ids for example in examples])
+        eos_ids, max_new_tokens = self._inputs.facts.eos_ids, config.evaluation.max_new_tokens
+        teacher: list[list[int]] = [[] for _ in examples]
+        if config.needs_teacher and examples:
+            teacher = await self.teachers.answer(prompts, eos_ids, max_new_tokens)
+
+        def text_of(ids: Iterable[int]) -> str:
+            return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+
+        rows = [
+            {
+                "row_id": example.row_id,
+                "prompt": text_of(example.prompt_ids),
+                "reference": text_of(example.reference_ids),
+                "teacher": text_of(ids),
+            }
+            for example, ids in zip(examples, teacher, strict=True)
+        ]
+        return ShownRows(rows=rows, prompts=prompts, eos_ids=eos_ids, max_new_tokens=max_new_tokens, text_of=text_of)
 
     def _roles(self, records: DriverRecords) -> Roles:
         config = self._config

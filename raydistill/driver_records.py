@@ -79,6 +79,10 @@ class DriverRecords:
         if self._on_evaluation is not None:
             self._on_evaluation(report)
 
+    def samples(self, version: int, rows: list[dict[str, str]]) -> None:
+        if rows:
+            self._record.samples(version, rows)
+
     def warning(self, text: str) -> None:
         self._record.warning(text)
         self._console.print(f"warning: {text}", style="yellow")

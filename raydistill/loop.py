@@ -155,6 +155,8 @@ class DistillationLoop:
         report = await self._roles.evaluator.evaluate(weights, version, answers)
         self._summary.evaluations.append(report)
         self._roles.records.evaluation(report)
+        if self._config.shows(version):
+            self._roles.records.samples(version, await self._roles.evaluator.show(weights, version))
 
     def _record(self, outcome: StepOutcome) -> None:
         self._summary.steps += 1

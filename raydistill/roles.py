@@ -80,6 +80,9 @@ class Evaluator(Protocol):
     async def evaluate(self, weights: Handle, version: int, answers: list[Handle]) -> EvalReport:
         """KL to the teacher, perplexity, and exact match of the answers if there are any."""
 
+    async def show(self, weights: Handle, version: int) -> list[dict[str, str]]:
+        """What a version writes for a few held-out prompts, beside the reference and the teacher."""
+
 
 class Records(Protocol):
     """Where the run is written down; never blocks the loop for long."""
@@ -91,6 +94,8 @@ class Records(Protocol):
     def sync(self, report: LoadReport) -> None: ...
 
     def evaluation(self, report: EvalReport) -> None: ...
+
+    def samples(self, version: int, rows: list[dict[str, str]]) -> None: ...
 
     def warning(self, text: str) -> None: ...
 

@@ -7,6 +7,7 @@ the held-out rows, scored once at its start. `evaluate` takes the same weight ve
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 
 from raydistill.config import ObjectiveSection
-from raydistill.evaluate.generate import match_answers
+from raydistill.evaluate.generate import greedy_completions, match_answers
 from raydistill.evaluate.held_out import score_targets
 from raydistill.merge import split_scored
-from raydistill.messages import EvalReport, Samples, Scored, Span, StudentWeights
+from raydistill.messages import EvalReport, Samples, Scored, Span, StudentWeights, TokenRows
 from raydistill.models import StudentSpec, build_student, default_device
 from raydistill.quant.export import export_live
 from raydistill.quant.student import load_adapter_state
@@ -109,6 +110,13 @@ class EvaluatorActor:
         )
         score = match_answers(pairs, tokenizer)
         return {"evaluate/exact_match": score.share, "evaluate/exact_match_se": score.standard_error}
+
+    def answer(
+        self, run: str, weights: StudentWeights, prompts: TokenRows, eos_ids: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy completions of a few prompts by one version."""
+        self._load(self._runs[run], weights)
+        return greedy_completions(self._model, prompts.rows(), eos_ids, max_new_tokens)
 
     def export_checkpoint(self, run: str, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
         """Write a run's checkpoint as a folder that stands alone; returns the hash of its codes."""

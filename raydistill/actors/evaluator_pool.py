@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,21 @@ from raydistill.actors.evaluator import EvaluatorActor
 from raydistill.actors.pool import ActorPool
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.config import EvaluationSection, ObjectiveSection
-from raydistill.messages import EvalReport, Samples
+from raydistill.messages import EvalReport, Samples, TokenRows
 from raydistill.models import StudentSpec
 from raydistill.roles import Handle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownRows:
+    """A few held-out rows whose answers people look at."""
+
+    rows: list[dict[str, str]]  # of each: row_id, prompt, reference, teacher
+    prompts: TokenRows
+    eos_ids: tuple[int, ...]
+    max_new_tokens: int
+    text_of: Callable[[Iterable[int]], str]  # the driver's tokenizer
+
 
 ScoreHeldOut = Callable[[], Awaitable[list[Handle]]]
 """Asks the teachers for their answers on the held-out references."""
@@ -50,6 +62,7 @@ class EvaluatorPool:
         objective: ObjectiveSection,
         references: Samples | None,
         score: ScoreHeldOut,
+        shown: ShownRows | None = None,
     ) -> RunEvaluator:
         """Build the student and keep the teacher's answers on the held-out references, which `score` asks for."""
         self._pool.begin_run(is_alone=not self._runs)
@@ -62,6 +75,7 @@ class EvaluatorPool:
             references=references,
             score=score,
             scored=scored,
+            shown=shown,
         )
         await self._pool.call(0, "start", name, spec, objective, timeout_s=START_TIMEOUT_S)
         await self._pool.call(0, "hold_out", name, *scored)
@@ -88,6 +102,7 @@ class RunEvaluator:
     references: Samples | None
     score: ScoreHeldOut
     scored: list[Handle]
+    shown: ShownRows | None
     # One version after another: the answers and the weights of a version belong together.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -97,6 +112,16 @@ class RunEvaluator:
             report: EvalReport = await self.pool.call(0, "evaluate", self.name, weights, self.references, *answers)
         assert report.version == version, f"evaluated {report.version}, wanted {version}"
         return report
+
+    async def show(self, weights: Handle, version: int) -> list[dict[str, str]]:
+        """See `Evaluator.show`."""
+        shown = self.shown
+        if shown is None:
+            return []
+        answers = await self.pool.call(
+            0, "answer", self.name, weights, shown.prompts, shown.eos_ids, shown.max_new_tokens
+        )
+        return [row | {"student": shown.text_of(ids)} for row, ids in zip(shown.rows, answers, strict=True)]
 
     async def export_checkpoint(self, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
         """See `EvaluatorActor.export_checkpoint`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from raydistill.actors.kept_answers import Answer, KeptAnswers, answer_key
 from raydistill.config import ObjectiveSection, TeacherSection
 from raydistill.data.collate import micro_batches
+from raydistill.evaluate.generate import greedy_completions
 from raydistill.messages import (
     REFERENCE_VERSION,
     Metric,
@@ -23,6 +25,7 @@ from raydistill.messages import (
     TeacherDense,
     TeacherTarget,
     TeacherTopK,
+    TokenRows,
 )
 from raydistill.models import default_device, free_gpu_memory, load_causal_lm, memory_to_fill
 from raydistill.tensors import CompletionModel, SequenceBatch
@@ -81,6 +84,11 @@ class TeacherActor:
             step=samples.step, num_sequences=len(samples), num_tokens=tokens, metrics=metrics, span=span
         )
         return report, scored
+
+    def answer(self, prompts: TokenRows, eos_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """Greedy completions of a few prompts."""
+        assert self._model is not None
+        return greedy_completions(self._model.model, prompts.rows(), eos_ids, max_new_tokens)
 
     def counts(self) -> dict[str, int]:
         """Rows computed and rows answered from those kept, since this actor started."""

@@ -12,7 +12,7 @@ from raydistill.actors.pool import ActorPool
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.actors.teacher import TeacherActor, TeacherRequest
 from raydistill.config import ObjectiveSection, TeacherSection
-from raydistill.messages import StageReport
+from raydistill.messages import StageReport, TokenRows
 from raydistill.roles import Handle
 
 
@@ -76,6 +76,11 @@ class RunTeachers:
         """See `Teachers.score`."""
         report, scored = await self.pool.work(num_tokens, 1, "score", samples, self.request, index=home)
         return report, scored
+
+    async def answer(self, prompts: TokenRows, eos_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """Greedy completions of a few prompts."""
+        ids: list[list[int]] = await self.pool.call(0, "answer", prompts, eos_ids, max_new_tokens)
+        return ids
 
     def homes(self, row_ids: Sequence[str]) -> list[int | None]:
         """The actor that keeps the answer to each row of the data set; None where none keeps any."""

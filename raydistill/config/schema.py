@@ -81,6 +81,10 @@ class Config(Section):
         last = self.trainer.num_steps
         return version in (0, last) or version % self.evaluation.eval_every == 0
 
+    def shows(self, version: int) -> bool:
+        """Whether what a policy version writes is recorded: the first and the last."""
+        return self.evaluation.shown_rows > 0 and version in (0, self.trainer.num_steps)
+
     def saves(self, version: int) -> bool:
         """Whether a policy version is checkpointed: those evaluated and every `save_every`th."""
         return self.evaluates(version) or version % self.checkpoint.save_every == 0

@@ -271,7 +271,12 @@ class EvaluationSection(Section):
     num_gpus: float = Field(0, ge=0, description="GPUs of the evaluation actor, at most 1")
     num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray books for the evaluation actor")
     exact_match: Literal["off", "final_number"] = Field("off", description="generate and compare the final number")
-    max_new_tokens: PositiveInt = Field(128, description="tokens generated per row for exact_match")
+    max_new_tokens: PositiveInt = Field(128, description="tokens generated per row for exact_match and shown_rows")
+    shown_rows: int = Field(
+        4,
+        ge=0,
+        description="held-out rows whose greedy answers, the teacher's and the student's before and after, are recorded",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationSection:

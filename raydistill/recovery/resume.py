@@ -53,6 +53,7 @@ MAY_CHANGE = (
     "sync.max_policy_gap_nats",
     "sync.codes_check_every",
     "evaluation.eval_every",
+    "evaluation.shown_rows",
     "evaluation.num_gpus",
     "evaluation.num_cpus",
     "checkpoint.",

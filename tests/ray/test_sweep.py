@@ -82,10 +82,13 @@ def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_c
 def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
     make_config: Any, tmp_path: Path
 ) -> None:
-    config = trial_config(
-        make_config, tmp_path / "out", objective={"on_policy_fraction": 0.0}, checkpoint={"save_every": 1}
+    config = trial_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
+    config = config.model_copy(
+        update={
+            "objective": config.objective.model_copy(update={"on_policy_fraction": 0.0}),
+            "trainer": config.trainer.model_copy(update={"num_steps": 12}),
+        }
     )
-    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_steps": 12})})
     file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3, 4e-3]')
     command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}

@@ -9,7 +9,7 @@ from device_checks import FORMATS
 from raydistill.actors.starting import actor_options, torch_environment
 from raydistill.actors.vllm_settings import ENGINE_ENVIRONMENT
 from raydistill.config import Config, EvaluationSection, TeacherSection
-from raydistill.trainer.group import worker_environment
+from raydistill.trainer.crew import worker_environment
 
 DEVICE = "cpu"
 

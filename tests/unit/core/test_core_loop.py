@@ -56,6 +56,7 @@ class World:
         self.trained: dict[int, list[list[Any]]] = {}
         self.recorded: dict[int, dict[str, float]] = {}
         self.warnings: list[str] = []
+        self.shown: dict[int, list[dict[str, str]]] = {}
         self.changed = asyncio.Event()
         self.load_changes: dict[str, Any] = {}
         self.skip_reason: dict[int, str] = {}
@@ -177,7 +178,14 @@ class World:
 
     def sync(self, report: LoadReport) -> None: ...
 
+    async def show(self, weights: Any, version: int) -> list[dict[str, str]]:
+        assert weights == f"weights-{version}"
+        return [{"student": f"written by {version}"}]
+
     def evaluation(self, report: EvalReport) -> None: ...
+
+    def samples(self, version: int, rows: list[dict[str, str]]) -> None:
+        self.shown[version] = rows
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -412,3 +420,12 @@ def test_a_health_warning_is_given_once() -> None:
     world.run()
     assert len(world.warnings) == 1
     assert world.warnings[0].startswith("step 0: nearly all completions are cut")
+
+
+def test_what_the_first_and_the_last_version_write_is_shown() -> None:
+    world = World(make_config(num_steps=5, evaluation={"eval_every": 2}))
+    world.run()
+    assert world.shown == {version: [{"student": f"written by {version}"}] for version in (0, 5)}
+    world = World(make_config(num_steps=5, evaluation={"eval_every": 2, "shown_rows": 0}))
+    world.run()
+    assert world.shown == {}
