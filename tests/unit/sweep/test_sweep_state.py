@@ -1,0 +1,43 @@
+"""What a sweep knows of its trials, through a restart."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raydistill.errors import RunError
+from raydistill.sweep.state import SweepState, read_state
+
+HEAD = {
+    "name": "lr",
+    "metric": "evaluate/kl_nats",
+    "mode": "min",
+    "fields": ["trainer.learning_rate"],
+    "log_fields": [],
+}
+
+
+def test_the_state_goes_on_where_it_was(tmp_path: Path) -> None:
+    state = SweepState(tmp_path, HEAD)
+    state.change("lr-000", values={"trainer.learning_rate": 1e-3}, status="running")
+    state.change("lr-000", status="finished", metrics={"evaluate/kl_nats": 0.1})
+    state.change("lr-001", values={"trainer.learning_rate": 1e-2}, status="failed", error="NaN")
+    again = SweepState(tmp_path, HEAD)
+    again.change("lr-001", values={"trainer.learning_rate": 1e-2}, status="running", error=None)
+    found = read_state(tmp_path)
+    assert {key: found[key] for key in HEAD} == HEAD
+    assert [(trial["run"], trial["status"], trial["error"]) for trial in found["trials"]] == [
+        ("lr-000", "finished", None),
+        ("lr-001", "running", None),
+    ]
+    assert found["trials"][0]["metrics"] == {"evaluate/kl_nats": 0.1}
+    assert again.counts() == {"finished": 1, "running": 1}
+
+
+def test_a_file_is_whole_or_the_one_before(tmp_path: Path) -> None:
+    state = SweepState(tmp_path, HEAD)
+    state.change("lr-000", values={}, status="running")
+    (tmp_path / "sweep.partial").mkdir()  # nothing can be written there
+    with pytest.raises(RunError, match=r"cannot write .*sweep\.json"):
+        state.change("lr-000", status="finished")
+    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["status"] == "running"
