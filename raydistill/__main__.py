@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("raydistill.serving.serve", "serve_command", "an OpenAI-compatible server of a folder, by vLLM"),
     "chat": ("raydistill.serving.chat", "chat_command", "talk to a folder's model in the terminal"),
     "bench": ("raydistill.serving.bench", "bench_command", "speed and memory of a student beside its teacher, by vLLM"),
+    "ptq": ("raydistill.ptq.command", "ptq_command", "quantize without training: rounding, GPTQ, AWQ"),
     "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
     "init": (
         "raydistill.preflight.init",
