@@ -27,7 +27,7 @@ $(VENV)/.installed: $(PINS) requirements/dev.txt pyproject.toml
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-ptq: $(PTQ_VENV)/.installed  ## an environment for GPTQ and AWQ (llm-compressor), laid over the first one; about 60 MB
+ptq: $(PTQ_VENV)/.installed  ## an environment for GPTQ and AWQ (llm-compressor), laid over the first one (1 minute, 130 MB)
 
 # Its own packages come first, the main environment's behind them: no second torch.
 $(PTQ_VENV)/.installed: requirements/ptq.txt | setup
@@ -35,7 +35,8 @@ $(PTQ_VENV)/.installed: requirements/ptq.txt | setup
 	@echo "installing llm-compressor into $(PTQ_VENV), over $(VENV)"
 	@$(BIN)/pip --python $(PTQ_VENV)/bin/python install -q --disable-pip-version-check --no-deps -r requirements/ptq.txt 2> >(grep -v ^WARNING: >&2)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(PTQ_VENV)/lib/python*/site-packages)/main-environment.pth
-	@$(PTQ_VENV)/bin/python -c 'import llmcompressor.modifiers.gptq, torch'
+	@$(PTQ_VENV)/bin/python -c 'import llmcompressor.modifiers.gptq, torch' 2> $(PTQ_VENV)/import.log || { \
+	  cat $(PTQ_VENV)/import.log >&2; echo "error: llm-compressor does not load over $(VENV)" >&2; exit 1; }
 	@touch $@
 
 demo: setup  ## the whole system on a world that needs no download; prints the table
