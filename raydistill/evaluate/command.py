@@ -17,13 +17,14 @@ from rich.console import Console
 from raydistill.cli import PIPE_WIDTH, command_parser, console, print_table
 from raydistill.config import DataSection
 from raydistill.errors import DataError, ModelError, UserError
+from raydistill.evaluate.paired import RowValues, write_row_values
 from raydistill.evaluate.rows import HeldOutRows, encode_held_out, file_section, rows_of_file, rows_of_run
 from raydistill.evaluate.targets import RunDefaults, Target, find_targets, template_of
 from raydistill.progress import bar
 from raydistill.results.tables import SummaryRow, comparison_json, comparison_table
 
 if TYPE_CHECKING:
-    from raydistill.evaluate.folders import ExactMatch, Progress
+    from raydistill.evaluate.folders import ExactMatch, OnRows, Progress
 
 DEFAULT_NEW_TOKENS = 128
 SUMMARY = """\
@@ -69,8 +70,11 @@ def evaluate_command(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
     switches = _parser().parse_args(list(argv))
     plan = make_plan(switches)
+    values: dict[str, Mapping[str, RowValues]] = {}
     with _progress() as say:
-        rows = run_plan(plan, say)
+        rows = run_plan(plan, say, values.__setitem__)
+    if switches.per_row is not None:
+        write_row_values(switches.per_row, values)
     if switches.json:
         print_table(comparison_json(rows), [field.name for field in fields(SummaryRow)], json=True)
     else:
@@ -100,12 +104,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="an answer is cut here (default: as the run did, else 128)",
     )
+    parser.add_argument(
+        "--per-row", type=Path, metavar="FILE", help="also write each row's scores, as JSONL, for tests of your own"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON on stdout")
     return parser
 
 
 def make_plan(switches: argparse.Namespace) -> Plan:
     """Switches first, then what the runs among the targets recorded; a UserError for what is still missing."""
+    if switches.per_row is not None and switches.per_row.is_dir():
+        raise UserError(f"--per-row {switches.per_row} is a folder; name a file, such as {switches.per_row}/rows.jsonl")
     targets, runs = find_targets(switches.targets)
     for run in runs:
         _check_there(run, switches)
@@ -137,7 +146,7 @@ def make_plan(switches: argparse.Namespace) -> Plan:
     )
 
 
-def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
+def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[SummaryRow]:
     """Load and measure."""
     say("loading", 0, 1)
     from transformers import AutoConfig, AutoTokenizer
@@ -172,6 +181,7 @@ def run_plan(plan: Plan, say: Progress) -> list[SummaryRow]:
         plan.max_new_tokens,
         temperature=plan.temperature,
         progress=say,
+        on_rows=on_rows,
     )
 
 

@@ -5,7 +5,7 @@ One model is loaded after the other beside the teacher; nothing is taken on trus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from raydistill.data.encode import Example, num_known_ids
 from raydistill.errors import ModelError
 from raydistill.evaluate.generate import MatchScore, require_final_numbers, score_exact_match
-from raydistill.evaluate.held_out import HeldOutScore, answer_held_out, score_answers
+from raydistill.evaluate.held_out import RowScores, answer_held_out, score_rows
+from raydistill.evaluate.paired import EXACT_MATCH, KL, RowValues
 from raydistill.evaluate.targets import Target
 from raydistill.models import default_device, eos_ids
 from raydistill.quant.export import MANIFEST, load_exported, packed_bytes, read_manifest
@@ -26,6 +27,8 @@ __all__ = ["ExactMatch", "Progress", "Target", "evaluate_folders", "has_tokenize
 ExactMatch = Literal["off", "final_number"]
 Progress = Callable[[str, int, int], None]
 """Told (what is done now, rows done, rows in all); a row counts once for every pass over it."""
+OnRows = Callable[[str, Mapping[str, RowValues]], None]
+"""Given a target's name and its scores row by row, by measure."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -38,6 +41,7 @@ def evaluate_folders(
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     progress: Progress | None = None,
+    on_rows: OnRows | None = None,
 ) -> list[SummaryRow]:
     """The teacher's row, then one for each target in order, all on the completions of `examples` that have one.
 
@@ -62,12 +66,17 @@ def evaluate_folders(
 
     def measure(target: Target, model: nn.Module) -> SummaryRow:
         say.begin(f"{target.name}: KL to the teacher and perplexity")
-        score = score_answers(CompletionModel(model), answers, temperature)
+        score = score_rows(CompletionModel(model), answers, temperature)
         match = None
         if exact_match == "final_number":
             stop_ids = eos_ids(target.folder, tokenizer)
             say.begin(f"{target.name}: greedy answers")
             match = score_exact_match(model, answered, tokenizer, stop_ids, max_new_tokens, say.within)
+        values = score.values()
+        if match is not None:
+            values[EXACT_MATCH] = match.values(score.row_ids)
+        if on_rows is not None:
+            on_rows(target.name, values)
         return _summary(target, score, match)
 
     # A loaded student lives no longer than its call, so at most one stands beside the teacher.
@@ -142,13 +151,14 @@ def _load(target: Target) -> nn.Module:
     return model
 
 
-def _summary(target: Target, score: HeldOutScore, match: MatchScore | None) -> SummaryRow:
+def _summary(target: Target, score: RowScores, match: MatchScore | None) -> SummaryRow:
     return SummaryRow(
         name=target.name,
         role=target.role or role_of(target.folder),
-        kl_nats=score.kl_nats,
+        kl_nats=score.total.kl_nats,
+        kl_se=score.values()[KL].standard_error,
         bytes=packed_bytes(target.folder),
-        perplexity=score.perplexity,
+        perplexity=score.total.perplexity,
         exact_match=match.share if match else None,
         exact_match_se=match.standard_error if match else None,
         num_rows=match.num_rows if match else None,

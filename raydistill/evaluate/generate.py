@@ -15,6 +15,7 @@ from raydistill.data.collate import micro_batches, pad_rows
 from raydistill.data.encode import Example
 from raydistill.demo.answers import exact_match, final_number
 from raydistill.errors import DataError, ModelError
+from raydistill.evaluate.paired import RowValues
 
 BATCH_TOKENS = 16_384
 """Prompt and new tokens (padding counted) of one batch: 128 short rows; 2 GB of key-value cache at 8 B parameters."""
@@ -25,26 +26,34 @@ Ids = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchScore:
-    """How many answers were right."""
+    """Which answers were right."""
 
-    num_hits: int
-    num_rows: int
+    hits: tuple[bool, ...]  # in the order of the rows
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.hits)
 
     @property
     def share(self) -> float:
-        return self.num_hits / self.num_rows
+        return sum(self.hits) / self.num_rows
 
     @property
     def standard_error(self) -> float:
         """Of the share, as that of a binomial proportion."""
         return math.sqrt(self.share * (1 - self.share) / self.num_rows)
 
+    def values(self, row_ids: Sequence[str]) -> RowValues:
+        """Row by row, for a paired test."""
+        hits_R = np.array(self.hits, np.float64)
+        return RowValues(row_ids=tuple(row_ids), values_R=hits_R, weights_R=np.ones_like(hits_R))
+
 
 def match_answers(pairs: Iterable[tuple[Ids, Ids]], tokenizer: Any) -> MatchScore:
     """Compare (answer ids, reference ids) by the final number that each text marks."""
-    hits = [exact_match(_text(tokenizer, answer), _text(tokenizer, truth)) for answer, truth in pairs]
+    hits = tuple(exact_match(_text(tokenizer, answer), _text(tokenizer, truth)) for answer, truth in pairs)
     assert hits, "there is no answer to compare"
-    return MatchScore(num_hits=sum(hits), num_rows=len(hits))
+    return MatchScore(hits=hits)
 
 
 def require_final_numbers(examples: Sequence[Example], tokenizer: Any) -> None:

@@ -4,7 +4,7 @@ The teacher's answers come in one of two forms. A teacher actor sends `TeacherTa
 (`score_targets`). A teacher in the same process leaves its final hidden states (`answer_held_out`), from which its head
 gives the log-probs of the whole vocabulary a few rows at a time: exact, at a few KB per token (`score_answers`).
 
-Shape letters: N completion tokens (flattened), H hidden, V vocabulary.
+Shape letters: R rows, N completion tokens (flattened), H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from raydistill.data.collate import micro_batches
 from raydistill.data.encode import Example
 from raydistill.data.schedule import held_out_references
 from raydistill.errors import DataError
+from raydistill.evaluate.paired import CROSS_ENTROPY, KL, RowValues
 from raydistill.losses.divergence import kl
 from raydistill.losses.logsumexp import rows_per_chunk
 from raydistill.losses.targets import dense_classes, tail_classes
@@ -32,11 +34,12 @@ BATCH_TOKENS = 4096
 MOST_NATS = 80.0  # exp of more leaves the range that a reader or a plot can use
 
 KlOfRows = Callable[[Tensor, slice], Tensor]
+_Part = tuple[tuple[int, ...], "RowScores"]  # places of a batch's rows among the examples, and their scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutScore:
-    """Sums over completion tokens; scores of parts add up to the score of the whole."""
+    """Sums over completion tokens."""
 
     kl_sum: float | None  # nats; None where no teacher answered
     cross_entropy_sum: float  # nats, of the reference completions
@@ -52,13 +55,33 @@ class HeldOutScore:
         """Of the reference completions."""
         return math.exp(min(self.cross_entropy_sum / self.num_tokens, MOST_NATS))
 
-    def __add__(self, other: HeldOutScore) -> HeldOutScore:
-        has_teacher = self.kl_sum is not None and other.kl_sum is not None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScores:
+    """The same for each row on its own, in the order of the examples: sums over the row's completion tokens."""
+
+    row_ids: tuple[str, ...]
+    kl_R: np.ndarray | None  # float64, nats; None where no teacher answered
+    cross_entropy_R: np.ndarray  # float64, nats
+    tokens_R: np.ndarray  # float64
+
+    @property
+    def total(self) -> HeldOutScore:
+        """Of all rows together."""
         return HeldOutScore(
-            kl_sum=(self.kl_sum or 0.0) + (other.kl_sum or 0.0) if has_teacher else None,
-            cross_entropy_sum=self.cross_entropy_sum + other.cross_entropy_sum,
-            num_tokens=self.num_tokens + other.num_tokens,
+            kl_sum=None if self.kl_R is None else float(self.kl_R.sum()),
+            cross_entropy_sum=float(self.cross_entropy_R.sum()),
+            num_tokens=int(self.tokens_R.sum()),
         )
+
+    def values(self) -> dict[str, RowValues]:
+        """Each measure by its name, for a paired test."""
+        sums = {KL: self.kl_R, CROSS_ENTROPY: self.cross_entropy_R}
+        return {
+            name: RowValues(row_ids=self.row_ids, values_R=sums_R, weights_R=self.tokens_R)
+            for name, sums_R in sums.items()
+            if sums_R is not None
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +132,13 @@ def score_answers(student: CompletionModel, answers: TeacherAnswers, temperature
 
     Property tested: 0 for the teacher itself, otherwise equal to a float64 sum over all tokens.
     """
-    return _sum([_score_against_hidden(student, batch, answers.head, temperature) for batch in answers.batches])
+    return score_rows(student, answers, temperature).total
+
+
+@torch.inference_mode()
+def score_rows(student: CompletionModel, answers: TeacherAnswers, temperature: float = 1.0) -> RowScores:
+    """`score_answers` row by row."""
+    return _in_order([_score_against_hidden(student, batch, answers.head, temperature) for batch in answers.batches])
 
 
 @torch.inference_mode()
@@ -118,7 +147,7 @@ def score_targets(student: CompletionModel, scored: Sequence[Scored], temperatur
 
     temperature: the one at which the teacher answered.
     """
-    return _sum([_score_against_target(student, batch, temperature) for batch in scored])
+    return _in_order([_score_against_target(student, batch, temperature) for batch in scored]).total
 
 
 def target_kl(logits_NV: Tensor, target: DenseTensors | TopKTensors, temperature: float = 1.0) -> Tensor:
@@ -130,7 +159,7 @@ def target_kl(logits_NV: Tensor, target: DenseTensors | TopKTensors, temperature
 
 def _score_against_hidden(
     student: CompletionModel, batch: AnsweredBatch, head: Callable[[Tensor], Tensor], temperature: float
-) -> HeldOutScore:
+) -> _Part:
     device = next(student.parameters()).device
     hidden_NH = batch.hidden_NH.to(device)
 
@@ -141,7 +170,7 @@ def _score_against_hidden(
     return _score(student, batch.samples, kl_of_rows)
 
 
-def _score_against_target(student: CompletionModel, batch: Scored, temperature: float) -> HeldOutScore:
+def _score_against_target(student: CompletionModel, batch: Scored, temperature: float) -> _Part:
     if batch.target is None:
         return _score(student, batch.samples, None)
     target = target_tensors(batch.target, next(student.parameters()).device)
@@ -160,30 +189,40 @@ def _rows_of(target: DenseTensors | TopKTensors, rows: slice) -> DenseTensors | 
     )
 
 
-def _score(student: CompletionModel, samples: Samples, kl_of_rows: KlOfRows | None) -> HeldOutScore:
+def _score(student: CompletionModel, samples: Samples, kl_of_rows: KlOfRows | None) -> _Part:
     """One batch; logits exist for a few rows at a time. Sums are taken in float64."""
     device = next(student.parameters()).device
     hidden_NH = student.hidden(SequenceBatch.of_samples(samples, device))
     ids_N = torch.from_numpy(samples.completions.ids_T.copy()).long().to(device)
     step = rows_per_chunk(student.model.get_output_embeddings().weight.shape[0])
-    kl_sum = cross_entropy_sum = 0.0
+    kl_N, cross_entropy_N = torch.zeros(2, ids_N.numel(), dtype=torch.float64)
     for start in range(0, ids_N.numel(), step):
         rows = slice(start, start + step)
         logits_NV = student.logits(hidden_NH[rows])
-        losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), ids_N[rows], reduction="none")
-        cross_entropy_sum += float(losses_N.double().sum())
+        cross_entropy_N[rows] = torch.nn.functional.cross_entropy(logits_NV.float(), ids_N[rows], reduction="none")
         if kl_of_rows is not None:
-            kl_sum += float(kl_of_rows(logits_NV, rows).double().sum())
-    return HeldOutScore(
-        kl_sum=None if kl_of_rows is None else kl_sum,
-        cross_entropy_sum=cross_entropy_sum,
-        num_tokens=ids_N.numel(),
+            kl_N[rows] = kl_of_rows(logits_NV, rows).double()
+    # No row is empty: only rows with a reference are scored.
+    starts_R = np.cumsum(samples.completions.lengths_B) - samples.completions.lengths_B
+    scores = RowScores(
+        row_ids=samples.row_ids,
+        kl_R=None if kl_of_rows is None else np.add.reduceat(kl_N.numpy(), starts_R),
+        cross_entropy_R=np.add.reduceat(cross_entropy_N.numpy(), starts_R),
+        tokens_R=samples.completions.lengths_B.astype(np.float64),
     )
+    return samples.indices, scores
 
 
-def _sum(scores: Sequence[HeldOutScore]) -> HeldOutScore:
-    assert scores, "there is no held-out batch to score"
-    total = scores[0]
-    for score in scores[1:]:
-        total += score
-    return total
+def _in_order(parts: Sequence[_Part]) -> RowScores:
+    """The batches' rows as one, in the order of the examples."""
+    assert parts, "there is no held-out batch to score"
+    scores = [part for _, part in parts]
+    order = np.argsort(np.concatenate([indices for indices, _ in parts]), kind="stable")
+    row_ids = [row_id for part in scores for row_id in part.row_ids]
+    kl = [part.kl_R for part in scores if part.kl_R is not None]
+    return RowScores(
+        row_ids=tuple(row_ids[place] for place in order),
+        kl_R=np.concatenate(kl)[order] if len(kl) == len(scores) else None,
+        cross_entropy_R=np.concatenate([part.cross_entropy_R for part in scores])[order],
+        tokens_R=np.concatenate([part.tokens_R for part in scores])[order],
+    )

@@ -22,6 +22,7 @@ class SummaryRow:
     role: Role
     kl_nats: float | None  # to the teacher, per token; 0 for the teacher
     bytes: int  # of what is served: weights, scales, adapter
+    kl_se: float | None = None  # rows being the sample
     exact_match: float | None = None  # 0..1
     exact_match_se: float | None = None
     num_rows: int | None = None  # test rows behind exact_match

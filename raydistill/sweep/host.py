@@ -47,16 +47,16 @@ class SweepHost:
 
         Returns its summary as plain JSON types.
         """
-        from raydistill.launch import Launch, Within
+        from raydistill.launch import Launch, RunSummary, Within
 
         await self.stop(name)  # of an earlier process of this trial
         config = self._sweep.config_of(point, name)
         reports = self._reports[name] = asyncio.Queue()
         folder = (config.run.output / "runs" / name).absolute()
-        finished = finished_summary(folder)
+        finished = RunSummary.of_finished(folder)
         if finished is not None:  # it ended just before whoever asked for it did
             reports.put_nowait(None)
-            return finished
+            return finished.to_json()
 
         def tell(report: EvalReport) -> None:
             reports.put_nowait({"version": float(report.version), **report.metrics})
@@ -116,16 +116,3 @@ class SweepHost:
         """Stop what runs and end every actor."""
         await self.stop_all()
         await self._pools.close()
-
-
-def finished_summary(folder: Path) -> dict[str, Any] | None:
-    """What a finished run returned, from its record; None if it has not finished."""
-    from raydistill.launch import SUMMARY_TABLE
-    from raydistill.recovery.resume import last_status
-    from raydistill.results.record_lines import read_record
-
-    if last_status(folder) != "finished":
-        return None
-    tables = (line for line in read_record(folder) if line["kind"] == "table" and line["name"] == SUMMARY_TABLE)
-    summaries: list[dict[str, Any]] = [table["rows"][0] for table in tables]
-    return summaries[-1] if summaries else None

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from raydistill.data.dataset import fingerprint_of
 from raydistill.data.encode import encode_rows
 from raydistill.errors import UserError
 from raydistill.evaluate.command import _parser, evaluate_command, make_plan
+from raydistill.evaluate.paired import read_row_values
 from raydistill.evaluate.ptq import export_ptq
 from raydistill.evaluate.rows import rows_of_file, rows_of_run
 from raydistill.evaluate.targets import source_of
@@ -62,6 +64,28 @@ def run(capsys, *argv):
     code = main_with_errors(evaluate_command, [str(arg) for arg in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_per_row_scores_go_to_a_file_and_give_the_tables_numbers(capsys, world, export, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    arguments = ["--teacher", world.teacher, "--data", world.rows, "--rows", 5, "--exact-match", "final_number"]
+    arguments += ["--max-new-tokens", 4, "--json", "--per-row", file]
+    code, out, _ = run(capsys, f"student={export}", *arguments)
+    assert code == 0
+    teacher, student = json.loads(out)
+    values = read_row_values(file)
+    assert list(values) == ["teacher", "student"]
+    assert values["student"].keys() == {"kl_nats", "cross_entropy_nats", "exact_match"}
+    assert values["student"]["kl_nats"].mean == pytest.approx(student["kl_nats"])
+    assert values["student"]["kl_nats"].standard_error == pytest.approx(student["kl_se"])
+    assert math.exp(values["teacher"]["cross_entropy_nats"].mean) == pytest.approx(teacher["perplexity"])
+    assert values["student"]["exact_match"].mean == student["exact_match"]
+
+
+def test_a_folder_for_per_row_scores_is_refused_before_anything_is_loaded(capsys, world, export, tmp_path):
+    code, _, err = run(capsys, export, "--teacher", world.teacher, "--data", world.rows, "--per-row", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a folder; name a file" in err
 
 
 def test_json_is_one_pure_list_on_stdout(capsys, world, export):

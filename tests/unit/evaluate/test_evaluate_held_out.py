@@ -7,7 +7,7 @@ import torch
 from raydistill.data.encode import Example
 from raydistill.data.schedule import held_out_references
 from raydistill.errors import DataError
-from raydistill.evaluate.held_out import HeldOutScore, answer_held_out, score_answers, score_targets
+from raydistill.evaluate.held_out import answer_held_out, score_answers, score_rows, score_targets
 from raydistill.merge import split_scored
 from raydistill.messages import Scored, TeacherDense, TeacherTopK
 from raydistill.tensors import CompletionModel
@@ -123,9 +123,14 @@ def test_rows_without_a_reference_do_not_count(world, teacher):
         answer_held_out(model, [bare])
 
 
-def test_scores_of_parts_add_up():
-    first = HeldOutScore(kl_sum=1.0, cross_entropy_sum=2.0, num_tokens=4)
-    second = HeldOutScore(kl_sum=5.0, cross_entropy_sum=4.0, num_tokens=2)
-    assert (first + second).kl_nats == 1.0
-    assert (first + second).perplexity == pytest.approx(math.e)
-    assert (first + HeldOutScore(kl_sum=None, cross_entropy_sum=0.0, num_tokens=1)).kl_nats is None
+def test_a_row_scores_the_same_alone_as_among_others_and_rows_add_up(world, teacher, other):
+    student = CompletionModel(other)
+    together = score_rows(student, answer_held_out(CompletionModel(teacher), world.examples, batch_tokens=200))
+    assert together.row_ids == tuple(example.row_id for example in world.examples)
+    for place, example in enumerate(world.examples[:5]):
+        alone = score_answers(student, answer_held_out(CompletionModel(teacher), [example]))
+        assert together.tokens_R[place] == example.reference_ids.size
+        assert together.kl_R[place] == pytest.approx(alone.kl_sum, rel=1e-5)
+        assert together.cross_entropy_R[place] == pytest.approx(alone.cross_entropy_sum, rel=1e-5)
+    assert together.total.kl_nats == pytest.approx(together.values()["kl_nats"].mean, rel=1e-12)
+    assert together.total.num_tokens == together.tokens_R.sum()
