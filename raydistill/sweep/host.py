@@ -11,7 +11,6 @@ import os
 import resource
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
