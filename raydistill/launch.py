@@ -164,7 +164,7 @@ class Within:
     """What a run finds where it is one of many."""
 
     datasets: dict[str, Dataset] = field(default_factory=dict)  # read and tokenised already, by what decides them
-    is_delivered: bool = False  # somebody else brings this run's record to the results store
+    parent: str | None = None  # record id of the sweep that it belongs to, whose driver also delivers its record
 
 
 ALONE = Within()
@@ -220,7 +220,8 @@ class Launch:
                     inputs.data.fingerprint,
                     inputs.data.held_out_fingerprint,
                     resume_at=point.version,
-                    is_delivered=self._within.is_delivered,
+                    parent=self._within.parent,
+                    delivers=self._within.parent is None,
                 ) as record,
                 stop_on_signals(self.stop, self._console),
             ):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 SQLITE = "sqlite:///"
 RECORD_ID_TAG = "raydistill.record_id"
+PARENT_TAG = "mlflow.parentRunId"
 MAX_POINTS = 1000  # MLflow's limits of one log_batch
 MAX_PARAMS = 100
 _LOCK_TIMEOUT_S = 180  # a first opening takes seconds (migrations), more when many wait on a busy machine
@@ -55,13 +56,20 @@ class ResultsStore:
 
     def open_run(self, record_id: str, name: str, start_ms: int) -> str:
         """The id of the run that holds this record; created where there is none."""
-        found = self.client.search_runs([self.experiment_id], f"tags.`{RECORD_ID_TAG}` = '{record_id}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
+        found = self._run_of(record_id)
+        if found is not None:
+            return found
         tags = {RECORD_ID_TAG: record_id, "mlflow.user": "raydistill", "mlflow.source.name": "raydistill"}
         return str(
             self.client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name).info.run_id
         )
+
+    def link(self, run_id: str, parent: str) -> bool:
+        """Put a run below the one that holds the record `parent`; False where that one is not there yet."""
+        found = self._run_of(parent)
+        if found is not None:
+            self.client.set_tag(run_id, PARENT_TAG, found)
+        return found is not None
 
     def has_run(self, run_id: str) -> bool:
         """True if the run is in this store, in this experiment and not deleted."""
@@ -102,6 +110,10 @@ class ResultsStore:
             self.client.update_run(run_id, status="RUNNING")
         elif parcel.status:
             self.client.set_terminated(run_id, status=parcel.status, end_time=end_ms)
+
+    def _run_of(self, record_id: str) -> str | None:
+        found = self.client.search_runs([self.experiment_id], f"tags.`{RECORD_ID_TAG}` = '{record_id}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
 
     def _put_points(self, run_id: str, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric

@@ -25,13 +25,13 @@ CONSOLE_WIDTH = 160
 class SweepHost:
     """Runs trials; called by their processes (`run`, `next_report`, `stop`) and by the sweep's driver."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, record_id: str) -> None:
         for variable, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
             os.environ.setdefault(variable, value)
         from raydistill.launch import POOL_MAKERS
         from raydistill.sweep.shared import SharedPools
 
-        self._sweep = sweep
+        self._sweep, self._record_id = sweep, record_id
         self._pools = SharedPools(POOL_MAKERS, sweep.file.parallel)
         self._datasets: dict[str, Any] = {}
         self._reports: dict[str, asyncio.Queue[dict[str, float] | None]] = {}
@@ -64,7 +64,7 @@ class SweepHost:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{name}.log").open("a") as log:
             console = Console(file=log, width=CONSOLE_WIDTH, highlight=False)
-            within = Within(datasets=self._datasets, is_delivered=True)
+            within = Within(datasets=self._datasets, parent=self._record_id)
             pools = self._pools.lease(name, config)
             launch = Launch(config, pools, console, within=within, on_evaluation=tell)
             task = asyncio.ensure_future(launch.run())

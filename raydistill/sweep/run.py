@@ -23,7 +23,10 @@ from raydistill.launch import start_cluster
 from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
 from raydistill.preflight.storage import check_writable
 from raydistill.recovery.resume import LOCK, locked
+from raydistill.results.deliver import start_delivery
+from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import recorded
+from raydistill.results.store import default_uri
 from raydistill.results.sweep_page import SweepPage, write_sweep_page
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.recorder import SweepRecorder
@@ -63,20 +66,21 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
 
 def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
     recorder = SweepRecorder(sweep)
-    with recorded(sweep.folder, sweep.base, console) as record:
+    with _delivered(sweep), recorded(sweep.folder, sweep.base, console, delivers=False) as record:
         console.print(
             f"sweep {sweep.name}: {sweep.num_trials} trials over {', '.join(sweep.fields)}, {sweep.file.parallel} at a "
             f"time; {sweep.folder}",
             soft_wrap=True,
         )
-        with _host(sweep) as host, _sigterm_as_sigint():
+        record_id = str(require_start(sweep.folder)["record_id"])
+        with _host(sweep, record_id) as host, _sigterm_as_sigint():
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # Tune may have used a callback of an earlier life
             state.shared = _total(state.shared, ray.get(host.shares.remote()))
             state.save()
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())
-        for name, path in page.files.items():
+        for name, path in {"page": page.page, **page.plots}.items():
             record.artifact(name, path)
         over = sum(trial.status in OVER for trial in state.trials.values())
         if over < sweep.num_trials:
@@ -86,7 +90,23 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
 
 
 @contextmanager
-def _host(sweep: Sweep) -> Iterator[Any]:
+def _delivered(sweep: Sweep) -> Iterator[None]:
+    """One process brings the sweep's record and those of its trials to the results store."""
+    output, results = sweep.base.run.output.absolute(), sweep.base.results
+    uri = results.uri or default_uri(output)
+    delivery = start_delivery(output, uri, results.experiment, under=True, family_of=sweep.folder)
+    try:
+        yield
+    finally:
+        if not delivery.finish():
+            later = f"python -m raydistill.results.deliver --under {output}"
+            console.print(
+                f"warning: the results store is behind; deliver later with `{later}`", style="yellow", soft_wrap=True
+            )
+
+
+@contextmanager
+def _host(sweep: Sweep, record_id: str) -> Iterator[Any]:
     """The process that drives all trials; Ray starts it again if it dies. Its trials are stopped at the end."""
     options: dict[str, Any] = {
         "name": f"sweep-{sweep.name}",
@@ -96,7 +116,7 @@ def _host(sweep: Sweep) -> Iterator[Any]:
         # Beside the sweep's own process, where the outputs are.
         "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
     }
-    host: Any = ray.remote(SweepHost).options(**options).remote(sweep)
+    host: Any = ray.remote(SweepHost).options(**options).remote(sweep, record_id)
     try:
         yield host
     finally:
