@@ -179,7 +179,7 @@ def start_delivery(
 ) -> DeliveryHandle:
     """Start the process that follows this run's record; it ends by itself when the driver ends or dies.
 
-    With `under` it follows every run in `folder` (or in its `runs/`) as they appear, or with `family_of` that folder's record and
+    With `under` it follows every run in `folder` (or in its `runs/`) as they appear, or with `family_of` its record and
     those that belong to it: one process, and one import of mlflow, for all trials of a sweep. Experiment and sinks are then
     those that each record names. The URI goes through the pipe and not on the command line, where every user of the machine
     could read a password.
