@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill import __version__
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
-from raydistill.evaluate.targets import EXPORT_FOLDER, SOURCE_FILE, source_of
+from raydistill.evaluate.targets import EXPORT_FOLDER, SOURCE_FILE, config_of, source_of
 from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.recovery.keeper import read_best
@@ -119,7 +119,7 @@ def export_run(
     """Write the folder; everything that can be refused is refused before a model is loaded. hub: in place of
     huggingface_hub, in tests."""
     start = require_start(run)
-    config = _config_of(start, run)
+    config = config_of(start, run)
     if to.exists():
         raise UserError(f"--to {to} exists; choose another folder or remove it")
     fmt, is_served = config.quant.weight_format, config.adapter.mode == "served"
@@ -247,20 +247,6 @@ def _stored_token() -> str | None:
     from huggingface_hub import get_token
 
     return get_token()
-
-
-def _config_of(start: Mapping[str, Any], run: Path) -> Config:
-    from pydantic import ValidationError
-
-    from raydistill.config import Config
-
-    try:
-        return Config.model_validate(start["config"])
-    except ValidationError as error:
-        raise UserError(
-            f"the settings in {run}'s record are of another version of raydistill ({error.error_count()} of them do not "
-            f"fit); its own export is {run / 'export'}"
-        ) from error
 
 
 def _packed_export(run: Path, config: Config, weights: StudentWeights, scratch: Path) -> Path:

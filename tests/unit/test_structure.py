@@ -80,7 +80,8 @@ LIBRARY_HOMES = {
     "ray.tune": ("tune",),
     "mlflow": ("raydistill.results",),
     "compressed_tensors": ("raydistill.quant",),
-    "huggingface_hub": ("raydistill.serving.export",),
+    "huggingface_hub": ("raydistill.serving.export", "raydistill.evaluate.hub"),
+    "lm_eval": ("raydistill.evaluate",),
 }
 
 # Rooms whose libraries are listed in full (besides the standard library).
@@ -111,8 +112,17 @@ LIGHT_AT_START = (
         "raydistill.serving.bench",
         "raydistill.serving.bench_inputs",
     ),
+    *(
+        "raydistill.evaluate.command",
+        "raydistill.evaluate.arguments",
+        "raydistill.evaluate.plan",
+        "raydistill.evaluate.targets",
+        "raydistill.evaluate.hub",
+        "raydistill.evaluate.task_names",
+        "raydistill.evaluate.harness_tasks",
+    ),
 )
-HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "raydistill.launch")
+HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "lm_eval", "raydistill.launch")
 
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 100
