@@ -11,13 +11,19 @@ from raydistill.cli import main_with_errors
 from raydistill.errors import ConfigError
 
 VERBS: dict[str, tuple[str, str, str]] = {
-    "demo": ("raydistill.study", "demo_command", "the whole system on a world that needs no download"),
+    "demo": ("raydistill.study.command", "demo_command", "the whole system on a world that needs no download"),
+    "compare": (
+        "raydistill.study.command",
+        "compare_command",
+        "distillation against the best PTQ: the table that decides",
+    ),
     "train": ("raydistill.train", "train_command", "distil a student as a config says"),
     "evaluate": ("raydistill.evaluate.command", "evaluate_command", "score exported students, runs and models"),
     "export": ("raydistill.serving.export", "export_command", "write a run's student as a folder for any tool"),
     "serve": ("raydistill.serving.serve", "serve_command", "an OpenAI-compatible server of a folder, by vLLM"),
     "chat": ("raydistill.serving.chat", "chat_command", "talk to a folder's model in the terminal"),
     "bench": ("raydistill.serving.bench", "bench_command", "speed and memory of a student beside its teacher, by vLLM"),
+    "ptq": ("raydistill.ptq.command", "ptq_command", "quantize without training: rounding, GPTQ, AWQ"),
     "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
     "init": (
         "raydistill.preflight.init",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from raydistill.results.record import RunRecord
 
 __all__ = ["Pools", "RunSummary", "make_pools", "run", "start_cluster"]
+SUMMARY_TABLE = "summary"
+"""Of a finished run's record: its `RunSummary`."""
 MAX_FAILURES = 3  # of the trainer group without a new checkpoint in between: its cause will not go away
 
 
@@ -52,6 +54,19 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON types."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_finished(cls, folder: Path) -> RunSummary | None:
+        """From the record of a run that has finished; None for any other folder."""
+        from raydistill.recovery.resume import last_status
+        from raydistill.results.record_lines import read_record
+
+        if last_status(folder) != "finished":
+            return None
+        told = [line for line in read_record(folder) if line["kind"] == "table" and line["name"] == SUMMARY_TABLE]
+        if not told:
+            return None  # of a version that did not write it down
+        return cls(**{**told[-1]["rows"][0], "folder": folder, "export": folder / "export"})
 
 
 def start_cluster(config: Config) -> None:
@@ -251,7 +266,7 @@ class Launch:
         self._console.print(line, style="dim")
         self._seconds["export"] = time.time() - start
         metrics = evaluations_of(self._folder).get(version, {})
-        return RunSummary(
+        summary = RunSummary(
             name=self._folder.name,
             folder=self._folder,
             export=export,
@@ -265,3 +280,5 @@ class Launch:
             rollout_tokens_per_cpu_s=rate,
             seconds=dict(self._seconds),
         )
+        record.table(SUMMARY_TABLE, [summary.to_json()])
+        return summary

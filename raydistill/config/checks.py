@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ObjectiveSection,
         QuantSection,
         RolloutSection,
+        StudySection,
         TeacherSection,
         TrainerSection,
         WorldSection,
@@ -144,6 +145,20 @@ def check_world(world: WorldSection) -> None:
     if world.name == "none" and world.recipe:
         raise ValueError(
             f"world.recipe={world.recipe} has no effect with world.name='none'; choose a world or clear the recipe"
+        )
+
+
+def check_study(study: StudySection) -> None:
+    for name, values in (("arms", study.arms), ("ptq_methods", study.ptq_methods), ("ptq_formats", study.ptq_formats)):
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"study.{name} names {twice!r} twice; name it once")
+    if not study.arms:
+        raise ValueError("study.arms is empty: nothing would be distilled; name an arm, or use `raydistill ptq`")
+    if "rtn" not in study.ptq_methods:
+        raise ValueError(
+            f"study.ptq_methods={list(study.ptq_methods)} leaves out 'rtn', which chooses the grid that the student is "
+            "trained on; add it"
         )
 
 

@@ -17,6 +17,7 @@ from raydistill.config.checks import (
     check_objective,
     check_quant,
     check_rollout,
+    check_study,
     check_teacher,
     check_trainer,
     check_world,
@@ -319,15 +320,30 @@ class WorldSection(Section):
 
 
 class StudySection(Section):
-    """What `raydistill demo` compares, beside the teacher and plain post-training quantization (PTQ)."""
+    """What `raydistill compare` and `raydistill demo` compare, beside the teacher."""
 
     arms: tuple[Literal["student", "gold-ce", "off-policy", "mixed", "on-policy"], ...] = Field(
         ("student", "gold-ce"),
         description="runs to compare; student: this config as it is; gold-ce: cross-entropy on the data set's answers; "
         "off-policy, mixed, on-policy: lambda and beta at 0, 0.5, 1",
     )
+    seeds: PositiveInt = Field(1, description="runs of each arm, with run.seed, run.seed + 1, ...; means are compared")
+    ptq_methods: tuple[Literal["rtn", "gptq", "awq"], ...] = Field(
+        ("rtn",),
+        description="plain quantization to compare with; rtn: rounding, whose best grid the student is trained on; "
+        "gptq, awq: by llm-compressor, after `make ptq`",
+    )
     ptq_formats: tuple[Literal["int4", "int3", "int2"], ...] = Field(
         ("int4", "int3", "int2"), description="widths of the PTQ rows, each with the best of four grids"
     )
-    test_rows: PositiveInt = Field(512, description="rows of the final table, from the world's test file")
-    grid_rows: PositiveInt = Field(256, description="validation rows on which the PTQ grid is chosen")
+    calibration_rows: PositiveInt = Field(512, description="training rows that GPTQ and AWQ look at, drawn by run.seed")
+    grid_rows: PositiveInt = Field(256, description="held-out rows on which the PTQ grids are chosen")
+    test_path: Path | None = Field(
+        None, description="rows of the final table, JSONL; unset: the world's test file (needed without a world)"
+    )
+    test_rows: PositiveInt = Field(512, description="how many of them at most")
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySection:
+        check_study(self)
+        return self

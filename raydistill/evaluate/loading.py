@@ -34,7 +34,6 @@ from raydistill.quant.export_files import ADAPTER_WEIGHTS
 from raydistill.quant.hashing import hash_codes
 from raydistill.quant.student import load_adapter_state, student_codes
 from raydistill.recovery.checkpoint import load_checkpoint, read_description
-from raydistill.results.record_lines import require_start
 from raydistill.results.tables import Role
 from raydistill.tensors import CompletionModel
 
@@ -154,7 +153,7 @@ def teacher_bounds(free: Sequence[int], teacher_bytes: int, reserved_bytes: int)
 
 def spec_of(target: Target) -> StudentSpec:
     """What decides the function of a checkpoint's student."""
-    spec = StudentSpec.of(config_of(require_start(target.run), target.run))
+    spec = StudentSpec.of(config_of(target.run))
     return StudentSpec(
         student=spec.student.model_copy(update={"model": str(target.folder)}), quant=spec.quant, adapter=spec.adapter
     )

@@ -6,7 +6,7 @@ The student then trains on that same grid, and both are compared on rows that ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +104,13 @@ def export_ptq(
     *,
     skip: tuple[str, ...] = SKIP,
     dtype: str | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the quantized, untrained model as an export; returns the hash of its codes."""
+    """Write the quantized, untrained model as an export; returns the hash of its codes. extra: kept in raydistill.json."""
     model = _load(model_folder, dtype)
     codes = apply_ptq(model, fmt, skip)
-    return export_student(out, model_folder, codes, fmt=fmt, mode="none", dtype=dtype, extra={"role": "ptq"})
+    kept = {"role": "ptq", **(extra or {})}
+    return export_student(out, model_folder, codes, fmt=fmt, mode="none", dtype=dtype, extra=kept)
 
 
 def _load(model_folder: str | Path, dtype: str | None) -> nn.Module:

@@ -11,7 +11,7 @@ from raydistill.config import Config
 from raydistill.evaluate.plan import Plan
 from raydistill.evaluate.targets import config_of, version_of
 from raydistill.messages import EvalReport, Span
-from raydistill.results.record_lines import require_start, start_of
+from raydistill.results.record_lines import start_of
 from raydistill.results.recorded import recorded
 from raydistill.results.tables import SummaryRow, comparison_json, comparison_markdown
 
@@ -28,7 +28,7 @@ def record_evaluation(
     within. The settings are those of the run that was measured, where there is one.
     """
     run = next((run for target in plan.targets if (run := _run_of(target.checkpoint or target.folder))), None)
-    config = config_of(require_start(run), run) if run is not None else Config()
+    config = config_of(run) if run is not None else Config()
     output = (output or (run.parent.parent if run is not None else DEFAULT_OUTPUT)).absolute()
     config = config.model_copy(update={"run": config.run.model_copy(update={"output": output, "name": None})})
     folder = output / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-evaluate"

@@ -20,7 +20,7 @@ from raydistill.config import Config, DataSection, EvaluationSection
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.hub import fetch, is_hub_id
 from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, TEMPLATE
-from raydistill.results.record_lines import RECORD_FILE, require_start, start_of
+from raydistill.results.record_lines import RECORD_FILE, recorded_config, require_start, start_of
 from raydistill.results.tables import Role
 
 CHECKPOINTS, STEP = "checkpoints", "step-"
@@ -132,7 +132,7 @@ def version_of(target: Target) -> int:
 
 
 def _checkpoint_target(name: str, path: Path, run: Path) -> Target:
-    model = str(config_of(require_start(run), run).student.model)
+    model = str(config_of(run).student.model)
     folder = Path(model)
     if is_hub_id(model):
         folder = fetch(model)
@@ -240,15 +240,11 @@ def read_defaults(folder: Path) -> RunDefaults | None:
         ) from error
 
 
-def config_of(start: Mapping[str, Any], run: Path) -> Config:
-    """The settings of a run, from its start line; paths are absolute where they exist."""
-    try:
-        return Config.model_validate(_with_absolute_paths(start["config"]))
-    except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f"the settings in {run}'s record are of another version of raydistill ({type(error).__name__}); its own export "
-            f"is {run / EXPORT_FOLDER}"
-        ) from error
+def config_of(run: Path) -> Config:
+    """The settings in a run's record; paths are absolute where they exist."""
+    start = require_start(run)
+    config = {**start, "config": _with_absolute_paths(start["config"])}
+    return recorded_config(config, run, f"its own export is {run / EXPORT_FOLDER}")
 
 
 def source_of(start: Mapping[str, Any]) -> dict[str, Any]:

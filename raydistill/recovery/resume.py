@@ -166,19 +166,21 @@ def differences(folder: Path, config: Config, data_fingerprint: str, allowed: tu
     start = start_of(folder)
     if start is None:
         return ["the run has no record"]
-    before, now = _flat(start["config"]), _flat(json.loads(config.model_dump_json()))
+    before, now = flat_settings(start["config"]), flat_settings(json.loads(config.model_dump_json()))
     before["data fingerprint"], now["data fingerprint"] = start["data_fingerprint"], data_fingerprint
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed if not _is_listed(name, allowed)
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed if not is_listed(name, allowed)
     ]
 
 
-def _is_listed(name: str, fields: tuple[str, ...]) -> bool:
+def is_listed(name: str, fields: tuple[str, ...]) -> bool:
+    """Whether a field is one of these, or in one of these sections (with a dot at the end)."""
     return any(name == field or (field.endswith(".") and name.startswith(field)) for field in fields)
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.field` -> value, of the plain form of a config."""
     return {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
 
 

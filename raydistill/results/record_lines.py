@@ -10,10 +10,13 @@ from contextlib import suppress
 from difflib import get_close_matches
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import UserError
 from raydistill.messages import Span
+
+if TYPE_CHECKING:
+    from raydistill.config import Config
 
 RECORD_FILE = "record.jsonl"
 Line = dict[str, Any]
@@ -45,6 +48,21 @@ def require_start(folder: Path) -> Line:
         hint = f"did you mean {folder.parent / near[0]}?" if near else "give the folder of a run (outputs/runs/NAME)"
         raise UserError(f"{folder} holds no run's record; {hint}")
     return start
+
+
+def recorded_config(start: Line, run: Path, way_out: str) -> Config:
+    """The settings of a start line; UserError, ending with `way_out`, where this version cannot read them."""
+    from pydantic import ValidationError
+
+    from raydistill.config import Config
+
+    try:
+        return Config.model_validate(start["config"])
+    except ValidationError as error:
+        raise UserError(
+            f"the settings in {run}'s record are of another version of raydistill ({error.error_count()} of them do not "
+            f"fit); {way_out}"
+        ) from error
 
 
 def decode_line(raw: bytes) -> Line:

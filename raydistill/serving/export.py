@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from raydistill import __version__
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
-from raydistill.evaluate.targets import EXPORT_FOLDER, SOURCE_FILE, config_of, source_of
+from raydistill.evaluate.targets import EXPORT_FOLDER, SOURCE_FILE, source_of
 from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.recovery.keeper import read_best
-from raydistill.results.record_lines import evaluations_of, require_start
+from raydistill.results.record_lines import evaluations_of, recorded_config, require_start
 from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def export_run(
     """Write the folder; everything that can be refused is refused before a model is loaded. hub: in place of
     huggingface_hub, in tests."""
     start = require_start(run)
-    config = config_of(start, run)
+    config = recorded_config(start, run, f"its own export is {run / EXPORT_FOLDER}")
     if to.exists():
         raise UserError(f"--to {to} exists; choose another folder or remove it")
     fmt, is_served = config.quant.weight_format, config.adapter.mode == "served"

@@ -19,7 +19,7 @@ def study(ray_cluster: Any, tmp_path: Path) -> Any:
     from rich.console import Console
 
     from raydistill.config.load import load_config
-    from raydistill.study import Study
+    from raydistill.study.study import Study
 
     settings = [f"@{ROOT / 'configs' / 'gsm8k.toml'}"]
     settings += ["--world.train_path", str(DATA / "train.jsonl"), "--world.test_path", str(DATA / "test.jsonl")]
@@ -43,17 +43,17 @@ def study(ray_cluster: Any, tmp_path: Path) -> Any:
         "32",
     ]
     settings += ["--study.test_rows", "32", "--study.grid_rows", "32"]
-    return Study(load_config(settings).config, Console(stderr=True))
+    return Study(load_config(settings).config, Console(stderr=True), tmp_path)
 
 
 def test_the_gsm8k_study_distils_both_ways_and_reports_every_folder(study: Any, tmp_path: Path):
-    summary = study.run()
+    summary = study.run().summary
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == ["teacher", "ptq-int3", "on-policy", "off-policy"]
+    assert list(rows) == ["teacher", "rtn-int3", "on-policy", "off-policy"]
     assert rows["teacher"]["kl_nats"] == pytest.approx(0, abs=1e-6)
     for arm in ("on-policy", "off-policy"):
-        assert 0 < rows[arm]["kl_nats"] < rows["ptq-int3"]["kl_nats"], "six steps already help"
-        assert rows[arm]["bytes"] == pytest.approx(rows["ptq-int3"]["bytes"], rel=0.01), "a merged adapter adds no byte"
+        assert 0 < rows[arm]["kl_nats"] < rows["rtn-int3"]["kl_nats"], "six steps already help"
+        assert rows[arm]["bytes"] == pytest.approx(rows["rtn-int3"]["bytes"], rel=0.01), "a merged adapter adds no byte"
         assert summary["runs"][arm]["largest_gap_nats"] < 1e-5
     assert all(row["perplexity"] > 1 for row in rows.values())
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == summary["rows"]

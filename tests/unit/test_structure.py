@@ -79,7 +79,8 @@ LIBRARY_HOMES = {
     "deepspeed": ("raydistill.trainer",),
     "ray.tune": ("tune",),
     "mlflow": ("raydistill.results",),
-    "compressed_tensors": ("raydistill.quant",),
+    "compressed_tensors": ("raydistill.quant", "raydistill.ptq.runner"),  # the runner lives in another environment
+    "llmcompressor": ("raydistill.ptq.runner",),
     "huggingface_hub": ("raydistill.serving.export", "raydistill.evaluate.hub"),
     "lm_eval": ("raydistill.evaluate",),
 }
@@ -111,6 +112,9 @@ LIGHT_AT_START = (
         "raydistill.serving.server",
         "raydistill.serving.bench",
         "raydistill.serving.bench_inputs",
+        "raydistill.ptq.command",
+        "raydistill.study.command",
+        "raydistill.study.study",
     ),
     *(
         "raydistill.evaluate.command",
@@ -328,3 +332,8 @@ def test_the_rules_see_imports_of_every_form():
     assert [type(node) for node in later] == [ast.If, ast.FunctionDef]
     assert covers("raydistill.config", "raydistill.config.load")
     assert not covers("ray", "raydistill.config")
+
+
+def test_the_script_for_the_other_environment_knows_nothing_of_ours():
+    offenders = [found for found in imports() if found.importer == "raydistill.ptq.runner" and is_ours(found.imported)]
+    assert not offenders, report(offenders, "it runs where raydistill and its libraries are not")

@@ -16,7 +16,7 @@ from raydistill.results.tables import (
     format_kl,
     recovered_share,
 )
-from raydistill.results.verdict import difference, next_steps, verdict
+from raydistill.results.verdict import Difference, difference, next_steps, verdict
 
 
 def row(
@@ -50,6 +50,18 @@ def test_a_student_that_beats_ptq_of_its_size_is_worth_shipping_and_the_larger_p
     assert "int3" not in said, "int3 is really worse than the student"
     assert said.count(". ") == 0, "one sentence"
     assert said.endswith(".")
+
+
+def test_a_paired_comparison_sees_what_two_error_bars_do_not() -> None:
+    student = row("student", "student", 0.80, 0.0039, 112_000)
+    assert "differs by no more than noise" in verdict([TEACHER, INT2, student])
+
+    def paired(first: SummaryRow, second: SummaryRow) -> Difference | None:
+        found = difference(first, second)
+        return found and Difference(value=found.value, se=0.01, p_value=0.001)
+
+    said = verdict([TEACHER, INT2, student], paired)
+    assert said.startswith("Worth shipping: student beats the best PTQ of the same size (int2) by +3.4 ± 2.0 points")
 
 
 def test_without_a_larger_ptq_that_would_do_none_is_offered() -> None:

@@ -5,6 +5,7 @@ import pytest
 from raydistill.messages import Span
 from raydistill.results.timeline import (
     bottleneck,
+    device_seconds,
     overlap_seconds,
     stage_seconds_per_step,
     stage_times,
@@ -43,6 +44,18 @@ def test_stage_times_sum_actors_and_share_the_wall_time() -> None:
     assert two.num_actors == 2
     assert two.busy_s == 10
     assert two.busy_share == pytest.approx(10 / 20)
+
+
+def test_device_seconds_are_busy_seconds_times_devices_and_waiting_is_free() -> None:
+    assert device_seconds(SERIAL, {}) == {"rollout": 4, "trainer": 5, "teacher": 1}
+    assert device_seconds(SERIAL, {"trainer": 8, "teacher": 0.5}) == {"rollout": 4, "trainer": 40, "teacher": 0.5}
+    assert device_seconds(OVERLAPPED, {"rollout": 2}) == {"rollout": 2 * (8 + 2), "trainer": 4}
+
+
+def test_what_an_actor_does_at_the_same_time_costs_its_device_once() -> None:
+    spans = [span("rollout", "rollout-0", 0, 4), span("rollout", "rollout-0", 1, 3), span("sync", "rollout-0", 3, 6)]
+    assert device_seconds(spans, {}) == {"rollout": 6}
+    assert device_seconds([], {}) == {}
 
 
 def test_a_serial_run_overlaps_for_zero_seconds() -> None:

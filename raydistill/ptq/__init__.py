@@ -1,0 +1,1 @@
+"""Quantization without training: rounding (RTN), GPTQ and AWQ, as what a distilled student has to beat."""

@@ -1,0 +1,321 @@
+"""The study behind `raydistill compare` and `raydistill demo`: one table that says whether distillation beat plain PTQ.
+
+    world or models -> best PTQ grid of each method and width -> one run for each arm and seed, on shared pools
+    -> exported folders -> a fresh process scores every folder on test rows -> table, plots, verdict
+
+Ray starts and vLLM is imported while a world's teacher trains. What is done is kept (state.py): the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from raydistill.config import Config
+from raydistill.errors import ConfigError, DataError, RunError
+from raydistill.ptq.baselines import Baseline
+from raydistill.study.arms import ROLES, arm_config, run_config, run_names, shared_config
+from raydistill.study.state import open_study, study_lock
+
+if TYPE_CHECKING:
+    from raydistill.inputs import RunInputs
+    from raydistill.launch import Pools, RunSummary
+    from raydistill.results.tables import SummaryRow
+    from raydistill.study.decision import Values
+    from raydistill.study.report import Report
+
+TEACHER = "teacher"
+BASE = "base"  # the student's own model in full precision, where the teacher is another one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What is compared, and the rows of each purpose."""
+
+    config: Config  # with models and data files, the same rows for every arm
+    inputs: RunInputs  # training rows (also for calibration), held-out rows (which choose grids and checkpoints)
+    test_path: Path  # rows of the table: they choose nothing
+
+
+class Study:
+    """One comparison; its files are in `folder`, its runs in `config.run.output`."""
+
+    def __init__(self, config: Config, console: Console, folder: Path) -> None:
+        study, quant = config.study, config.quant
+        if quant.format not in study.ptq_formats:
+            raise ConfigError(
+                f"study.ptq_formats={list(study.ptq_formats)} leaves out quant.format={quant.format!r}, which the students are "
+                "compared with; add it (integer widths are compared), or use `raydistill train`"
+            )
+        if config.world.name == "none" and study.test_path is None:
+            raise ConfigError(
+                "study.test_path is not set; name a JSONL file of rows for the final table, which neither train nor choose "
+                "anything (or a world: --world.name stories)"
+            )
+        if study.test_path is not None and not study.test_path.is_file():
+            raise ConfigError(f"study.test_path={str(study.test_path)!r} is not a file; give JSONL rows")
+        for arm in study.arms:
+            arm_config(config, arm)  # refuses what does not go together
+        if set(study.ptq_methods) - {"rtn"}:
+            from raydistill.ptq.overlay import find_interpreter
+
+            find_interpreter()
+        self._config, self._console = config, console
+        self._folder, self._output = folder.absolute(), config.run.output.absolute()
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> Report:
+        """Everything."""
+        with study_lock(self._folder):
+            state = self._state = open_study(self._folder, self._config)
+            if state.is_resumed:
+                self._console.print(f"going on with the unfinished study {state.name}", style="bold")
+            runs = self._finished_runs()
+            wanted = [(arm, name) for arm in self._config.study.arms for name in self._names(arm)]
+            has_world = self._config.world.name != "none"
+            material = (
+                None if has_world else self._prepare()
+            )  # files and models of the user's: refused before Ray starts
+            pools = self._start() if any(name not in runs for _, name in wanted) else None
+            try:
+                material = material or self._prepare()
+                baselines = self._quantize(material)
+                config = self._on_best_grid(material.config, baselines)
+                for number, (arm, name) in enumerate(wanted, 1):
+                    if name in runs:
+                        self._console.print(f"{name} has finished before: kept", style="dim")
+                    else:
+                        assert pools is not None
+                        self._console.print(f"[bold]{name}[/bold] (run {number} of {len(wanted)})", highlight=False)
+                        runs[name] = self._distil(arm, name, config, pools)
+            finally:
+                if pools is not None:
+                    pools.shutdown()
+            with self._stage("evaluate"):
+                rows, values = self._evaluate(config, baselines, runs, material.test_path)
+            report = self._report(config, material, baselines, runs, rows, values)
+            state.finish()
+            return report
+
+    def _names(self, arm: str) -> list[str]:
+        return run_names(self._state.name, arm, self._config.study.seeds)
+
+    def _finished_runs(self) -> dict[str, RunSummary]:
+        """Those of an earlier life of this study, by name."""
+        from raydistill.launch import RunSummary
+
+        if not self._state.is_resumed:
+            return {}
+        names = [name for arm in self._config.study.arms for name in self._names(arm)]
+        found = {name: RunSummary.of_finished(self._output / "runs" / name) for name in names}
+        return {name: summary for name, summary in found.items() if summary is not None}
+
+    def _start(self) -> Pools:
+        """A cluster with the study's actors on it; what they import goes on while a world's teacher trains."""
+        import ray
+
+        from raydistill.launch import make_pools, start_cluster
+        from raydistill.preflight.placement import check_placement
+        from raydistill.progress import spinner
+
+        config = shared_config(self._config, self._config.study.arms)
+        with self._stage("start"), spinner(self._console, "starting Ray and the actors"):
+            with ThreadPoolExecutor(max_workers=1) as threads:
+                imports = threads.submit(
+                    import_module, "raydistill.actors.pools"
+                )  # as slow as Ray's start: side by side
+                start_cluster(config)
+                imports.result()
+            check_placement(config, ray.cluster_resources())
+            pools = make_pools(config)
+            if pools.rollouts is not None:
+                pools.rollouts.prepare()
+        return pools
+
+    def _prepare(self) -> Material:
+        """Models and rows; makes the world if the config names one."""
+        from raydistill.data.encode import require_references
+        from raydistill.inputs import load_inputs
+        from raydistill.worlds import build_world, with_world
+
+        config, test_path = shared_config(self._config, self._config.study.arms), self._config.study.test_path
+        if config.world.name != "none":
+            with self._stage("teacher"):
+                world = build_world(config, self._console)
+            config, test_path = with_world(config, world), test_path or world.test_path
+            config = config.model_copy(update={"world": config.world.model_copy(update={"name": "none"})})
+        inputs = load_inputs(config, self._console)
+        assert test_path is not None
+        if not any(example.has_reference for example in inputs.data.held_out):
+            raise DataError(
+                f"no held-out row has a reference completion (data.eval_rows={config.data.eval_rows}): PTQ grids and "
+                "checkpoints are chosen on those"
+            )
+        if any(arm_config(config, arm).objective.on_policy_fraction < 1 for arm in self._config.study.arms):
+            require_references(inputs.data.train)
+        if self._config.study.test_path is not None:
+            check_unseen(inputs.config, test_path)
+        rows_of_arms = {"objective": self._config.objective}  # each arm sets its own on top
+        return Material(config=inputs.config.model_copy(update=rows_of_arms), inputs=inputs, test_path=test_path)
+
+    def _quantize(self, material: Material) -> list[Baseline]:
+        """The best grid of every method and width, from an earlier life of the study where it got that far."""
+        from raydistill.progress import bar
+        from raydistill.ptq.baselines import Subject, find_baselines
+        from raydistill.ptq.calibration import draw_calibration
+        from raydistill.quant.baselines import NUM_GRIDS
+        from raydistill.quant.export_files import model_folder
+
+        config, study = material.config, material.config.study
+        missing = [method for method in study.ptq_methods if method not in self._state.baselines]
+        if missing:
+            subject = Subject(
+                model=model_folder(str(config.student.model)),
+                teacher=model_folder(str(config.teacher.model)),
+                validation=material.inputs.data.held_out[: study.grid_rows],
+                group_size=None if config.quant.group_size == "channel" else config.quant.group_size,
+                scale_dtype=config.quant.scale_dtype,
+                skip=config.quant.skip,
+                dtype=config.student.dtype,
+                template=config.data.template,
+            )
+            calibration = draw_calibration(material.inputs.data.train, study.calibration_rows, config.run.seed)
+            if set(missing) - {"rtn"}:
+                self._console.print(calibration.summary(), style="dim")
+        for method in missing:
+            with self._stage(method), bar(self._console) as progress:
+                task = progress.add_task(method, total=NUM_GRIDS * len(study.ptq_formats))
+                found = find_baselines(
+                    method,
+                    study.ptq_formats,
+                    subject,
+                    calibration,
+                    self._folder / "ptq",
+                    lambda what, done, task=task: progress.update(task, completed=done, description=what),  # type: ignore[misc]
+                )
+            self._state.add(method, found)
+        found = [one for method in study.ptq_methods for one in self._state.baselines[method]]
+        for one in found:
+            self._console.print(_chosen(one), style="dim", soft_wrap=True)
+        return found
+
+    def _on_best_grid(self, config: Config, baselines: list[Baseline]) -> Config:
+        """The students train on the grid that plain rounding does best on."""
+        from raydistill.quant.export import read_manifest
+
+        best = next(one for one in baselines if (one.method, one.width) == ("rtn", config.quant.format))
+        fmt = read_manifest(str(best.folder))["format"]
+        grid = {"symmetric": fmt["symmetric"], "scale": fmt["scale"]}
+        return config.model_copy(update={"quant": config.quant.model_copy(update=grid)})
+
+    def _distil(self, arm: str, name: str, config: Config, pools: Pools) -> RunSummary:
+        from raydistill.launch import run
+
+        seed = self._names(arm).index(name)
+        with self._stage(name.removeprefix(f"{self._state.name}-")):
+            return run(run_config(config, arm, name, self._output, seed), pools, self._console)
+
+    def _evaluate(
+        self, config: Config, baselines: list[Baseline], runs: dict[str, RunSummary], test: Path
+    ) -> tuple[list[SummaryRow], Values]:
+        """All rows from their folders, by one fresh process; and each test row's scores."""
+        from raydistill.evaluate.paired import read_row_values
+        from raydistill.quant.export_files import model_folder
+        from raydistill.results.tables import SummaryRow
+
+        teacher, base = (model_folder(str(model)) for model in (config.teacher.model, config.student.model))
+        targets = {TEACHER: teacher} | ({} if base.resolve() == teacher.resolve() else {BASE: base})
+        targets |= {one.name: Path(one.folder) for one in baselines if one.folder is not None}
+        targets |= {name: summary.export for name, summary in runs.items()}
+        per_row = self._folder / "rows.jsonl"
+        command = [sys.executable, "-m", "raydistill.evaluate"]
+        command += [f"{name}={folder}" for name, folder in targets.items()]
+        command += ["--teacher", str(teacher), "--data", str(test), "--rows", str(config.study.test_rows)]
+        command += ["--per-row", str(per_row), "--json"]
+        if config.evaluation.exact_match != "off":
+            command += ["--exact-match", config.evaluation.exact_match]
+            command += ["--max-new-tokens", str(config.evaluation.max_new_tokens)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise RunError(
+                f"the final evaluation failed with exit code {done.returncode}; its command: {' '.join(command)}"
+            )
+        arm_of = {name: arm for arm in config.study.arms for name in self._names(arm)}
+        rows = [SummaryRow(**row) for row in json.loads(done.stdout)]
+        roles = {name: ROLES[arm] for name, arm in arm_of.items() if arm in ROLES}
+        return [replace(row, role=roles.get(row.name, row.role)) for row in rows], read_row_values(per_row)
+
+    def _report(
+        self,
+        config: Config,
+        material: Material,
+        baselines: list[Baseline],
+        runs: dict[str, RunSummary],
+        rows: list[SummaryRow],
+        values: Values,
+    ) -> Report:
+        """The table, its plot and its words, written and recorded."""
+        from raydistill.study.report import ReportInputs, write_report
+
+        return write_report(
+            ReportInputs(
+                name=self._state.name,
+                folder=self._folder,
+                output=self._output,
+                config=config,
+                data=material.inputs.data,
+                test_path=material.test_path,
+                baselines=tuple(baselines),
+                runs=runs,
+                runs_of_arm={arm: self._names(arm) for arm in config.study.arms},
+                rows=rows,
+                values=values,
+                seconds=self.seconds,
+            ),
+            self._console,
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.time()
+        yield
+        self.seconds[name] = time.time() - start
+
+
+def check_unseen(config: Config, test_path: Path) -> None:
+    """DataError if a row of the final table was trained on or chose something."""
+    from raydistill.data.rows import read_rows
+    from raydistill.data.split import prompt_key
+    from raydistill.evaluate.rows import rows_of_file
+
+    used = [path for path in (config.data.path, config.data.eval_path) if path is not None]
+    known = {prompt_key(row) for path in used for row in read_rows(path, config.data.on_bad_row).rows}
+    chosen = rows_of_file(test_path, config.study.test_rows).rows
+    shared = [row.row_id for row in chosen if prompt_key(row) in known]
+    if shared:
+        raise DataError(
+            f"study.test_path={str(test_path)!r}: {len(shared)} of {len(chosen)} rows have a prompt that is in data.path or "
+            f"data.eval_path, first {shared[0]}; remove them: the table would favour what was trained on them"
+        )
+
+
+def _chosen(one: Baseline) -> str:
+    if one.folder is None:
+        return f"{one.name}: none ({one.reason})"
+    from raydistill.results.tables import format_kl
+
+    ordered = sorted(one.kl_nats.items(), key=lambda item: item[1])
+    grids = ", ".join(f"{name} {format_kl(kl)}" for name, kl in ordered)
+    notes = "".join(f"; {note}" for note in one.notes)
+    return f"{one.name} by KL to the teacher on held-out rows: {grids}{notes}"
