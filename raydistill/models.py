@@ -89,10 +89,11 @@ def load_causal_lm(
         str(place) for place in max_memory
     }:
         # accelerate would go on from the host's memory and the disk, a hundred times slower
+        role, dot, _ = field.partition(".")
+        more = f"raise {role}.num_gpus" if dot else "use a machine with more"
         raise ModelError(
             f"{field}={section.model!r} does not fit {len(max_memory)} devices with {sum(max_memory.values()) / 2**30:.3g} "
-            f"GiB for it together (the rest went to {', '.join(sorted(outside))}); raise "
-            f"{field.partition('.')[0]}.num_gpus or choose a smaller model"
+            f"GiB for it together (the rest went to {', '.join(sorted(outside))}); {more} or choose a smaller model"
         )
     return model.eval()
 

@@ -12,6 +12,7 @@ CHATTY_LOGGERS = {
     "ray.train": "repeats what the progress bar shows",
     "mlflow": "migration notes of a new results file",
     "alembic": "one line for each migration of a new results file",
+    "lm_eval": "announces each of a task's settings that it leaves as it is",
 }
 """Logger -> what it would say; all of it below the level of an error."""
 
@@ -30,3 +31,4 @@ def quiet_libraries() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars within our bars

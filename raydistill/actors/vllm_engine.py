@@ -20,15 +20,12 @@ from typing import Any
 import numpy as np
 
 from raydistill.actors.engine import Completion, SamplingSettings
-from raydistill.actors.vllm_settings import allocated_rank
+from raydistill.actors.vllm_settings import engine_options, lora_options
 from raydistill.config import RolloutSection
 from raydistill.messages import FinishReason, StudentWeights, TokenRows
 from raydistill.models import DTYPES, StudentSpec
 
 log = logging.getLogger(__name__)
-BLOCK_SIZE = 32  # CPU attention wants a multiple of 32
-# One processor for the whole batch: allowed_token_ids would send a list as long as the vocabulary with every request.
-SAMPLED_IDS = "raydistill.actors.vllm_worker:SampledIds"
 DEATH_SHOWS_S = 5.0  # an error that a rank's death causes may arrive before the death itself is seen
 
 
@@ -55,24 +52,10 @@ class VllmEngine:
         self._num_adapters = num_adapters
         self._adapters: OrderedDict[str, int] = OrderedDict()  # served: run -> id, the least recently used first
         self._last_id = 0
-        options: dict[str, Any] = {}
-        if sampled_ids is not None:
-            options |= {"logits_processors": [SAMPLED_IDS], "additional_config": {"sampled_ids": sampled_ids}}
+        options = engine_options(section.num_gpus, section.gpu_memory_utilization, sampled_ids)
         if spec.adapter.mode == "served":
-            # lm_head stays out: LoRA on it together with prompt_logprobs kills the engine (vLLM 0.32).
-            options |= {
-                "enable_lora": True,
-                "max_loras": num_adapters,
-                "max_cpu_loras": num_adapters,
-                "max_lora_rank": allocated_rank(spec.adapter.rank),
-                "lora_target_modules": list(spec.adapter.targets),
-                "lora_dtype": DTYPES[spec.student.dtype],
-            }
-        if os.environ.get("VLLM_TARGET_DEVICE") != "cpu" and section.num_gpus > 0:
-            options["gpu_memory_utilization"] = section.gpu_memory_utilization
-        else:
-            options["enforce_eager"] = True
-            options["block_size"] = BLOCK_SIZE
+            options |= lora_options(spec.adapter.rank, spec.adapter.targets, num_adapters)
+            options["lora_dtype"] = DTYPES[spec.student.dtype]
         if section.tensor_parallel_size > 1:
             # Left alone, vLLM would book actors of its own where this one runs in a placement group.
             options["distributed_executor_backend"] = "mp"
@@ -82,10 +65,6 @@ class VllmEngine:
             model=spec.model,
             dtype=spec.student.dtype,
             max_model_len=max_model_len,
-            generation_config="vllm",  # the model's own sampling defaults (top_k ...) must not leak in
-            max_logprobs=-1,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
             trust_remote_code=spec.student.trust_remote_code,
             worker_extension_cls="raydistill.actors.vllm_worker.StudentWorkerExtension",
             **options,
@@ -151,7 +130,7 @@ class VllmEngine:
             )
             for seed in seeds
         ]
-        outputs = self._generate(prompts, params)
+        outputs = self.generate(prompts, params)
         return [
             Completion(ids=out.outputs[0].token_ids, finish_reason=_finish(out.outputs[0].finish_reason))
             for out in outputs
@@ -162,14 +141,15 @@ class VllmEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False)
-        outputs = self._generate(rows, [params] * len(rows))
+        outputs = self.generate(rows, [params] * len(rows))
         parts = []
         for output in outputs:
             flat = output.prompt_logprobs
             parts.append([flat.logprobs[start] for start in flat.start_indices[1:]])
         return np.concatenate([np.asarray(p, np.float32) for p in parts])
 
-    def _generate(self, rows: TokenRows, params: list[Any]) -> list[Any]:
+    def generate(self, rows: TokenRows, params: list[Any]) -> list[Any]:
+        """vLLM's own outputs for each row with its own sampling parameters, by the version that is held."""
         from vllm.lora.request import LoRARequest
 
         lora = None

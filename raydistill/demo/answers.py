@@ -40,3 +40,9 @@ def exact_match(prediction_text: str, reference_text: str) -> bool:
     """Whether the prediction marks the same final number as the reference; an unmarked prediction is wrong."""
     predicted, wanted = final_number(prediction_text), final_number(reference_text)
     return predicted is not None and predicted == wanted
+
+
+def flexible_match(prediction_text: str, reference_text: str) -> bool:
+    """The same where a prediction that marks no number counts by its last one."""
+    predicted, wanted = last_number(prediction_text), final_number(reference_text)
+    return predicted is not None and predicted == wanted

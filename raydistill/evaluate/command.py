@@ -1,205 +1,235 @@
-"""The verb `raydistill evaluate`: one comparison table of finished models, measured on the same held-out rows.
+"""The verb `raydistill evaluate`: one comparison table of finished models, measured in the same way.
 
 The table goes to stdout (with `--json` as pure JSON), progress to stderr.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 
-from raydistill.cli import PIPE_WIDTH, command_parser, console, print_table
+from raydistill.cli import PIPE_WIDTH, console, print_table
 from raydistill.config import DataSection
-from raydistill.errors import DataError, ModelError, UserError
-from raydistill.evaluate.paired import RowValues, write_row_values
-from raydistill.evaluate.rows import HeldOutRows, encode_held_out, file_section, rows_of_file, rows_of_run
-from raydistill.evaluate.targets import RunDefaults, Target, find_targets, template_of
+from raydistill.errors import DataError, ModelError, RunError
+from raydistill.evaluate.arguments import LONGEST_TASK, parser
+from raydistill.evaluate.hub import fetch, go_offline_if_unreachable
+from raydistill.evaluate.paired import RowValues
+from raydistill.evaluate.per_row import write_per_row
+from raydistill.evaluate.plan import Plan, TextRequest, make_plan
+from raydistill.evaluate.rows import encode_held_out, file_section
+from raydistill.evaluate.targets import version_of
 from raydistill.progress import bar
-from raydistill.results.tables import SummaryRow, comparison_json, comparison_table
+from raydistill.results.tables import SummaryRow, comparison_json, comparison_table, transposed_table
 
 if TYPE_CHECKING:
-    from raydistill.evaluate.folders import ExactMatch, OnRows, Progress
-
-DEFAULT_NEW_TOKENS = 128
-SUMMARY = """\
-Measure finished models against their teacher, each loaded from its folder as it would be shipped: KL to the teacher
-(nats per completion token), perplexity of the reference completions, exact match of greedy answers, size in bytes.
-
-A TARGET is an exported student, any transformers model folder, or a run's folder (outputs/runs/NAME), whose export is
-measured. A run's record, and an export of `raydistill export`, say what the teacher and the held-out rows were: they are
-used while they are where they were and the same. name=FOLDER gives a target a name in the table.
-Rows are rendered with the chat template's variables that the student was trained with (data.template).
-The teacher's row is measured like any other: its KL is 0 if all is well."""
-EXAMPLES = """\
-examples:
-  raydistill evaluate outputs/runs/int2
-        a finished run: its student against its teacher, on the rows it held out
-  raydistill evaluate exports/student
-        the same numbers from an exported folder alone
-  raydistill evaluate ptq=outputs/ptq-int2 student=outputs/runs/int2 --exact-match final_number
-        the same beside another folder, with greedy answers compared by the number after ####
-  raydistill evaluate exports/int4 --teacher models/qwen3-4b --data test.jsonl --rows 1000
-        any folders on any rows: JSONL with {messages: [...]} or {question/prompt, answer}
-  raydistill evaluate outputs/runs/* --json > table.json
-        for a program: a JSON list with one object for each model
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything a comparison needs, resolved from arguments and records before anything heavy is imported."""
-
-    targets: list[Target]
-    teacher: str
-    rows: HeldOutRows
-    section: DataSection | None  # the run's rules for its rows; None for a file of its own
-    template: Mapping[str, Any] | None  # variables of the chat template for such a file
-    fingerprint: str | None  # of the run's rows as it recorded them
-    temperature: float  # at which the run compared its student with the teacher
-    exact_match: ExactMatch
-    max_new_tokens: int
+    from raydistill.data.encode import Example
+    from raydistill.evaluate import measured
+    from raydistill.evaluate.folders import OnRows, Progress
 
 
 def evaluate_command(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
-    switches = _parser().parse_args(list(argv))
+    started_s = time.time()
+    switches = parser().parse_args(list(argv))
     plan = make_plan(switches)
     values: dict[str, Mapping[str, RowValues]] = {}
     with _progress() as say:
         rows = run_plan(plan, say, values.__setitem__)
-    if switches.per_row is not None:
-        write_row_values(switches.per_row, values)
     if switches.json:
         print_table(comparison_json(rows), [field.name for field in fields(SummaryRow)], json=True)
     else:
-        out = Console(highlight=False)
-        if not out.is_terminal:
-            out.width = PIPE_WIDTH
-        out.print(comparison_table(rows))
+        print_comparison(rows)
+    files: dict[str, Path] = {}
+    if switches.every_checkpoint:
+        files["checkpoints"] = plot_curve(plan, rows, switches.plot)
+        _remark(f"plot: {files['checkpoints']}")
+    if switches.per_row is not None:
+        write_per_row(switches.per_row, values)
+        files["per_row"] = switches.per_row
+    if switches.record:
+        from raydistill.evaluate.recording import record_evaluation
+
+        _remark(f"recorded in {record_evaluation(plan, switches.output, rows, started_s, files)}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("evaluate", SUMMARY, EXAMPLES, takes_config=False)
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="a model's or a run's folder, or name=FOLDER")
-    parser.add_argument("--teacher", metavar="FOLDER", help="what KL is measured against (default: the run's teacher)")
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSONL of rows to measure on (default: those the run held out)"
-    )
-    parser.add_argument("--rows", type=_positive, metavar="N", help="measure on at most N rows, the same N every time")
-    parser.add_argument(
-        "--exact-match",
-        choices=("off", "final_number"),
-        help="generate answers and compare the number after #### (default: as the run did, else off)",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=_positive,
-        metavar="N",
-        help="an answer is cut here (default: as the run did, else 128)",
-    )
-    parser.add_argument(
-        "--per-row", type=Path, metavar="FILE", help="also write each row's scores, as JSONL, for tests of your own"
-    )
-    parser.add_argument("--json", action="store_true", help="print the table as JSON on stdout")
-    return parser
+def print_comparison(rows: Sequence[SummaryRow]) -> None:
+    """The table on stdout; where a terminal is too narrow for it, with a line for each measure."""
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = PIPE_WIDTH
+    table = comparison_table(rows)
+    is_too_wide = Measurement.get(out, out.options.update(width=10_000), table).maximum > out.width
+    out.print(transposed_table(rows) if is_too_wide else table)
 
 
-def make_plan(switches: argparse.Namespace) -> Plan:
-    """Switches first, then what the runs among the targets recorded; a UserError for what is still missing."""
-    if switches.per_row is not None and switches.per_row.is_dir():
-        raise UserError(f"--per-row {switches.per_row} is a folder; name a file, such as {switches.per_row}/rows.jsonl")
-    targets, runs = find_targets(switches.targets)
-    for run in runs:
-        _check_there(run, switches)
-    section = _agreed(runs, lambda run: run.data, "held-out rows", "--data FILE") if switches.data is None else None
-    if switches.data is not None:
-        rows = rows_of_file(switches.data, switches.rows)
-    elif section is not None:
-        rows = rows_of_run(section, switches.rows)
-    else:
-        raise DataError(
-            "no rows to measure on: give --data FILE (a run's folder or `raydistill export` of one brings its own)"
-        )
-    teacher = switches.teacher or _agreed(runs, lambda run: run.teacher, "teachers", "--teacher FOLDER")
-    if teacher is None:
-        raise ModelError(
-            "no teacher to compare with: give --teacher FOLDER (a run's folder or `raydistill export` of one brings its own)"
-        )
-    evaluation = runs[0].evaluation if runs else None
-    return Plan(
-        targets=targets,
-        teacher=teacher,
-        rows=rows,
-        section=section,
-        template=template_of(targets, runs) if section is None else section.template,
-        fingerprint=None if section is None else runs[0].held_out_fingerprint,
-        temperature=_agreed(runs, lambda run: run.temperature, "temperatures", "one run at a time") or 1.0,
-        exact_match=switches.exact_match or (evaluation.exact_match if evaluation else "off"),
-        max_new_tokens=switches.max_new_tokens or (evaluation.max_new_tokens if evaluation else DEFAULT_NEW_TOKENS),
-    )
+def plot_curve(plan: Plan, rows: Sequence[SummaryRow], path: Path | None) -> Path:
+    """The PNG of `--every-checkpoint`: where it is asked for, or among the run's plots."""
+    from raydistill.results.plot_checkpoints import plot_checkpoints
+
+    by_name = {row.name: row for row in rows}
+    steps = {version_of(target): by_name[target.name] for target in plan.targets}
+    teacher = next((row for row in rows if row.role == "teacher"), None)
+    path = path or plan.targets[0].run / "plots" / "checkpoints.png"
+    try:
+        return plot_checkpoints(steps, teacher, path)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}; name another place with -o FILE"
+        ) from error
 
 
 def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[SummaryRow]:
     """Load and measure."""
     say("loading", 0, 1)
-    from transformers import AutoConfig, AutoTokenizer
+    if plan.tasks is not None:
+        go_offline_if_unreachable()
+    teacher = None if plan.teacher is None else _folder(plan.teacher)
+    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from raydistill.evaluate.folders import evaluate_folders, has_tokenizer
     from raydistill.models import eos_ids
-    from raydistill.quant.export_files import model_folder
 
     disable_progress_bar()
-    teacher = model_folder(plan.teacher)
     # As in training, prompts and their ends are the student's, whose template may be another than the teacher's.
-    speaker = next((target.folder for target in plan.targets if has_tokenizer(target.folder)), teacher)
+    folders = [target.adapter or target.folder for target in plan.targets]
+    folders += [target.folder for target in plan.targets] + ([teacher] if teacher else [])
+    speaker = next((folder for folder in folders if has_tokenizer(folder)), None)
+    if speaker is None:
+        raise ModelError(f"none of the models has a tokenizer ({folders[0]} first); save it beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(speaker)
-        config = AutoConfig.from_pretrained(teacher).get_text_config()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{speaker} has no tokenizer that can be read, or {teacher} no model: {reason}") from error
-    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        raise ModelError(
+            f"{speaker} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}"
+        ) from error
+    positions = shortest_positions(plan, teacher)
     section = plan.section or file_section(positions, plan.template)
     stop_ids = eos_ids(speaker, tokenizer)
-    examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids, plan.fingerprint)
-    at = "" if plan.temperature == 1 else f" at temperature {plan.temperature:g}"
-    console.print(f"teacher {teacher}{at}; {summary}", style="dim", markup=False, soft_wrap=True)
+    examples: tuple[Example, ...] = ()
+    if plan.rows is not None:
+        examples, summary = encode_held_out(plan.rows, tokenizer, section, positions, stop_ids, plan.fingerprint)
+        at = "" if plan.temperature == 1 else f" at temperature {plan.temperature:g}"
+        _remark(f"{'no teacher' if teacher is None else f'teacher {teacher}{at}'}; {summary}")
+    measurements = list(_measurements(plan, examples, tokenizer, section, stop_ids, positions))
     return evaluate_folders(
         plan.targets,
         teacher,
         examples,
         tokenizer,
-        plan.exact_match,
+        plan.exact_match if plan.rows is not None else "off",
         plan.max_new_tokens,
         temperature=plan.temperature,
         progress=say,
         on_rows=on_rows,
+        measurements=measurements,
+        engine=plan.engine,
     )
 
 
-def _check_there(run: RunDefaults, switches: argparse.Namespace) -> None:
-    """What the run used and the switches do not replace must still be where it was."""
-    rows = run.data.eval_path or run.data.path
-    if switches.data is None and rows is not None and not rows.exists():
-        raise DataError(f"the held-out rows of run {run.run} were in {rows}, which is not there; give --data FILE")
-    if switches.teacher is None and run.teacher and Path(run.teacher).is_absolute() and not Path(run.teacher).exists():
-        raise ModelError(f"the teacher of run {run.run} was {run.teacher}, which is not there; give --teacher FOLDER")
+def shortest_positions(plan: Plan, teacher: Path | None) -> int:
+    """Tokens of the longest sequence that every model knows."""
+    from transformers import AutoConfig
+
+    lengths = [2**31]
+    for folder in {target.folder for target in plan.targets} | ({teacher} if teacher else set()):
+        try:
+            config = AutoConfig.from_pretrained(folder).get_text_config()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder} is no model: {str(error).strip().splitlines()[0]}") from error
+        lengths.append(int(getattr(config, "max_position_embeddings", None) or 2**31))
+    return min(lengths)
 
 
-def _agreed(runs: Sequence[RunDefaults], read: Callable[[RunDefaults], Any], what: str, switch: str) -> Any:
-    """What all runs recorded; None without runs, a UserError where they differ."""
-    for run in runs[1:]:
-        if read(run) != read(runs[0]):
-            raise UserError(f"runs {runs[0].run} and {run.run} have different {what}; say which to use with {switch}")
-    return read(runs[0]) if runs else None
+def _measurements(
+    plan: Plan,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    section: DataSection,
+    stop_ids: Sequence[int],
+    positions: int,
+) -> Iterator[measured.Measurement]:
+    """All but KL, perplexity and exact match, which every comparison knows."""
+    if plan.is_classification:
+        from raydistill.evaluate.classify import Classification
+
+        assert plan.rows is not None
+        kept = {example.row_id for example in examples}
+        chosen = [row for row in plan.rows.rows if row.row_id in kept]
+        classification = Classification(chosen, tokenizer, section, stop_ids)
+        _remark(classification.summary())
+        yield classification
+    if plan.texts is not None:
+        yield from _texts(plan.texts, tokenizer, positions)
+    if plan.tasks is not None:
+        yield _tasks(plan, tokenizer, positions)
+
+
+def _texts(request: TextRequest, tokenizer: Any, positions: int) -> Iterator[measured.Measurement]:
+    from raydistill.evaluate.text import TextPerplexity, read_text, tokenize
+
+    texts = [(path.name, read_text(path, request.column)) for path in request.files]
+    if request.window > positions:
+        raise DataError(
+            f"--window {request.window} is longer than the {positions} positions that all of these models know; lower it to "
+            f"{positions} or less"
+        )
+    for name, text in texts:
+        measurement = TextPerplexity(
+            tokenize(name, text, tokenizer), request.convention, request.window, request.stride
+        )
+        _remark(measurement.summary())
+        yield measurement
+
+
+def _tasks(plan: Plan, tokenizer: Any, positions: int) -> measured.Measurement:
+    from raydistill.evaluate.harness import HarnessTasks
+    from raydistill.evaluate.harness_tasks import load_tasks, without_examples
+
+    assert plan.tasks is not None
+    if plan.tasks.is_chat and tokenizer.chat_template is None:
+        raise ModelError("--chat-template: the tokenizer has no chat template; leave the switch out")
+    longest = positions - 1  # scoring a sequence takes the place of one more token
+    if plan.max_length is not None and plan.max_length > longest:
+        raise DataError(
+            f"--max-length {plan.max_length} does not fit the {positions} positions that all of these models know; lower it "
+            f"to {longest} or less"
+        )
+    tasks = load_tasks(plan.tasks)
+    template = (
+        (plan.template if plan.template is not None else file_section(1).template) if plan.tasks.is_chat else None
+    )
+    measurement = HarnessTasks(
+        tasks,
+        tokenizer,
+        template,
+        (plan.max_length or min(longest, LONGEST_TASK)) - 1,
+        plan.tasks.num_fewshot,
+        plan.tasks.limit,
+        plan.tasks.max_new_tokens,
+    )
+    _remark(measurement.summary())
+    fixed = without_examples(tasks) if plan.tasks.num_fewshot else []
+    if fixed:
+        _remark(f"--num-fewshot does not change {', '.join(fixed)}: the definition shows no examples", style="yellow")
+    return measurement
+
+
+def _folder(model: str) -> Path:
+    """Of a model given as a folder or as a hub id."""
+    return Path(model) if Path(model).is_dir() else fetch(model)
+
+
+def _remark(text: str, style: str = "dim") -> None:
+    console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -223,10 +253,3 @@ def _lines() -> Progress:
         last = what
 
     return say
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number

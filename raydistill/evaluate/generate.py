@@ -21,6 +21,8 @@ BATCH_TOKENS = 16_384
 """Prompt and new tokens (padding counted) of one batch: 128 short rows; 2 GB of key-value cache at 8 B parameters."""
 
 OnBatch = Callable[[int], None]
+Matches = Callable[[str, str], bool]
+"""Whether an answer (first) is right by the reference."""
 Ids = Sequence[int] | np.ndarray
 
 
@@ -49,9 +51,9 @@ class MatchScore:
         return RowValues(row_ids=tuple(row_ids), values_R=hits_R, weights_R=np.ones_like(hits_R))
 
 
-def match_answers(pairs: Iterable[tuple[Ids, Ids]], tokenizer: Any) -> MatchScore:
-    """Compare (answer ids, reference ids) by the final number that each text marks."""
-    hits = tuple(exact_match(_text(tokenizer, answer), _text(tokenizer, truth)) for answer, truth in pairs)
+def match_answers(pairs: Iterable[tuple[Ids, Ids]], tokenizer: Any, matches: Matches = exact_match) -> MatchScore:
+    """Compare (answer ids, reference ids) by the final number that each text marks, or as `matches` does."""
+    hits = tuple(matches(_text(tokenizer, answer), _text(tokenizer, truth)) for answer, truth in pairs)
     assert hits, "there is no answer to compare"
     return MatchScore(hits=hits)
 
@@ -66,21 +68,6 @@ def require_final_numbers(examples: Sequence[Example], tokenizer: Any) -> None:
         )
 
 
-def score_exact_match(
-    model: Any,
-    examples: Sequence[Example],
-    tokenizer: Any,
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-    on_batch: OnBatch | None = None,
-) -> MatchScore:
-    """Answer every example greedily and compare final numbers."""
-    prompts = [example.prompt_ids for example in examples]
-    answers = greedy_completions(model, prompts, eos_ids, max_new_tokens, on_batch=on_batch)
-    references = [example.reference_ids for example in examples]
-    return match_answers(zip(answers, references, strict=True), tokenizer)
-
-
 @torch.inference_mode()
 def greedy_completions(
     model: Any,
@@ -89,10 +76,15 @@ def greedy_completions(
     max_new_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
     on_batch: OnBatch | None = None,
+    num_ids: int | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> list[list[int]]:
     """The most likely next tokens up to and including the first of `eos_ids`, in the order of `prompts`.
 
-    A batch ends when its last row has ended. on_batch: called with the number of finished rows.
+    A batch ends when its last row has ended. on_batch: called with the number of finished rows. num_ids: ids that mean
+    something (`num_known_ids`); those above are padding of the vocabulary and never sampled. None: all mean something.
+    stop: texts that end an answer as well, with the tokenizer that finds them.
 
     Property tested: an answer does not depend on the batch it was in.
     """
@@ -100,12 +92,14 @@ def greedy_completions(
         raise ModelError("no end-of-sequence id is known, so no answer would end; set eos_token in the tokenizer")
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
-    with _greedy_settings(model, eos_ids, max_new_tokens):
+    endings = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
+    with _greedy_settings(model, eos_ids, max_new_tokens, num_ids):
         for rows in micro_batches([prompt.size + max_new_tokens for prompt in prompts], batch_tokens):
             ids, mask = pad_rows([prompts[row] for row in rows], eos_ids[0], side="left")
             output = model.generate(
                 input_ids=torch.from_numpy(ids).long().to(model.device),
                 attention_mask=torch.from_numpy(mask).long().to(model.device),
+                **endings,
             )
             for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[row] = _cut(new, eos_ids)
@@ -116,14 +110,19 @@ def greedy_completions(
 
 
 @contextmanager
-def _greedy_settings(model: Any, eos_ids: Sequence[int], max_new_tokens: int) -> Iterator[None]:
+def _greedy_settings(model: Any, eos_ids: Sequence[int], max_new_tokens: int, num_ids: int | None) -> Iterator[None]:
     """Plain greedy search. `generate` fills what is not given from the model's own settings (a repetition penalty, for
     example), which would not be the model's most likely token: so these are replaced for the time."""
     from transformers import GenerationConfig
 
     own = model.generation_config
+    padding = list(range(num_ids, model.config.get_text_config().vocab_size)) if num_ids is not None else []
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=eos_ids[0]
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_ids),
+        pad_token_id=eos_ids[0],
+        suppress_tokens=padding or None,
     )
     try:
         yield

@@ -108,18 +108,10 @@ def answer_held_out(
 
     num_ids: ids that mean something (`num_known_ids`); the teacher's rows above are cut, as during training. None: all.
     """
-    references = held_out_references(examples)
-    if references is None:
-        raise DataError(
-            f"none of the {len(examples)} held-out rows has a reference completion; KL and perplexity are measured on "
-            "those: give rows with an answer"
-        )
     device = next(teacher.parameters()).device
-    lengths = references.prompts.lengths_B + references.completions.lengths_B
-    parts = [references.take(rows) for rows in micro_batches(lengths, batch_tokens)]
     batches = [
         AnsweredBatch(samples=part, hidden_NH=teacher.hidden(SequenceBatch.of_samples(part, device)).cpu())
-        for part in parts
+        for part in _reference_batches(examples, batch_tokens)
     ]
     return TeacherAnswers(batches=tuple(batches), head=lambda hidden_NH: teacher.logits(hidden_NH)[:, :num_ids])
 
@@ -142,6 +134,12 @@ def score_rows(student: CompletionModel, answers: TeacherAnswers, temperature: f
 
 
 @torch.inference_mode()
+def score_alone(student: CompletionModel, examples: Sequence[Example], batch_tokens: int = BATCH_TOKENS) -> RowScores:
+    """Cross-entropy row by row, without a teacher."""
+    return _in_order([_score(student, part, None) for part in _reference_batches(examples, batch_tokens)])
+
+
+@torch.inference_mode()
 def score_targets(student: CompletionModel, scored: Sequence[Scored], temperature: float = 1.0) -> HeldOutScore:
     """The same with the teacher's answers as messages, one batch for each; top-K answers keep the tail as one class.
 
@@ -157,14 +155,25 @@ def target_kl(logits_NV: Tensor, target: DenseTensors | TopKTensors, temperature
     return kl(*tail_classes(logits_NV, target, temperature))
 
 
+def _reference_batches(examples: Sequence[Example], batch_tokens: int) -> list[Samples]:
+    """The references by length, `batch_tokens` of them with their padding in one batch; DataError if there are none."""
+    references = held_out_references(examples)
+    if references is None:
+        raise DataError(
+            f"none of the {len(examples)} held-out rows has a reference completion; KL and perplexity are measured on "
+            "those: give rows with an answer"
+        )
+    lengths = references.prompts.lengths_B + references.completions.lengths_B
+    return [references.take(rows) for rows in micro_batches(lengths, batch_tokens)]
+
+
 def _score_against_hidden(
     student: CompletionModel, batch: AnsweredBatch, head: Callable[[Tensor], Tensor], temperature: float
 ) -> _Part:
-    device = next(student.parameters()).device
-    hidden_NH = batch.hidden_NH.to(device)
+    hidden_NH = batch.hidden_NH.to(next(student.parameters()).device)
 
     def kl_of_rows(logits_NV: Tensor, rows: slice) -> Tensor:
-        teacher_NV = (head(hidden_NH[rows]).float() / temperature).log_softmax(-1)
+        teacher_NV = (head(hidden_NH[rows]).to(logits_NV.device).float() / temperature).log_softmax(-1)
         return target_kl(logits_NV, DenseTensors(logprobs_NV=teacher_NV), temperature)
 
     return _score(student, batch.samples, kl_of_rows)
@@ -190,16 +199,17 @@ def _rows_of(target: DenseTensors | TopKTensors, rows: slice) -> DenseTensors | 
 
 
 def _score(student: CompletionModel, samples: Samples, kl_of_rows: KlOfRows | None) -> _Part:
-    """One batch; logits exist for a few rows at a time. Sums are taken in float64."""
+    """One batch; logits exist for a few rows at a time, where the model's last layer lies. Sums are taken in float64."""
     device = next(student.parameters()).device
     hidden_NH = student.hidden(SequenceBatch.of_samples(samples, device))
-    ids_N = torch.from_numpy(samples.completions.ids_T.copy()).long().to(device)
+    ids_N = torch.from_numpy(samples.completions.ids_T.copy()).long()
     step = rows_per_chunk(student.model.get_output_embeddings().weight.shape[0])
     kl_N, cross_entropy_N = torch.zeros(2, ids_N.numel(), dtype=torch.float64)
     for start in range(0, ids_N.numel(), step):
         rows = slice(start, start + step)
         logits_NV = student.logits(hidden_NH[rows])
-        cross_entropy_N[rows] = torch.nn.functional.cross_entropy(logits_NV.float(), ids_N[rows], reduction="none")
+        ids = ids_N[rows].to(logits_NV.device)
+        cross_entropy_N[rows] = torch.nn.functional.cross_entropy(logits_NV.float(), ids, reduction="none")
         if kl_of_rows is not None:
             kl_N[rows] = kl_of_rows(logits_NV, rows).double()
     # No row is empty: only rows with a reference are scored.

@@ -1,4 +1,5 @@
-"""What the command line names: folders of models, run folders, and what a run's record says about its own evaluation.
+"""What the command line names: models, adapters, runs and their checkpoints, and what a run's record says about its own
+evaluation.
 
 An export that left its run's folder carries that part of the record in a file beside its weights (`source_of`). Light:
 no torch here, so that a wrong path is refused at once.
@@ -15,12 +16,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raydistill.config import DataSection, EvaluationSection
+from raydistill.config import Config, DataSection, EvaluationSection
 from raydistill.errors import ModelError, UserError
-from raydistill.quant.formats import MANIFEST, TEMPLATE
-from raydistill.results.record_lines import RECORD_FILE, start_of
+from raydistill.evaluate.hub import fetch, is_hub_id
+from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, TEMPLATE
+from raydistill.results.record_lines import RECORD_FILE, recorded_config, require_start, start_of
 from raydistill.results.tables import Role
 
+CHECKPOINTS, STEP = "checkpoints", "step-"
+ADAPTER_CONFIG = "adapter_config.json"
 EXPORT_FOLDER = "export"
 """Where a run leaves its student, inside the run's folder."""
 
@@ -32,11 +36,19 @@ _SOURCE_SECTIONS = ("student", "teacher", "data", "objective", "evaluation")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One model to evaluate: an exported student or any transformers folder."""
+    """One model to evaluate: an exported student, any transformers folder, or what is put over one."""
 
     name: str
-    folder: Path
+    folder: Path  # the weights: of an adapter those of its base, of a checkpoint those that its run started from
     role: Role | None = None  # None: what the folder itself says
+    adapter: Path | None = None  # a PEFT folder
+    checkpoint: Path | None = None  # a folder under a run's checkpoints/
+
+    @property
+    def run(self) -> Path:
+        """The run that a checkpoint belongs to."""
+        assert self.checkpoint is not None
+        return self.checkpoint.parent.parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +63,22 @@ class RunDefaults:
     held_out_fingerprint: str | None  # None: the run recorded none
 
 
-def find_targets(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]:
-    """The models that `FOLDER` or `name=FOLDER` arguments name, and the records of those that are runs."""
+def find_targets(
+    texts: Sequence[str], base: str | None = None, every_checkpoint: bool = False
+) -> tuple[list[Target], list[RunDefaults]]:
+    """The models that `MODEL` or `name=MODEL` arguments name, and the records of those that are runs.
+
+    base: what an adapter is put over that does not say so itself. every_checkpoint: the one run's checkpoints are the
+    targets, in order.
+    """
+    if every_checkpoint:
+        return _every_checkpoint(texts)
     targets: list[Target] = []
     runs: list[RunDefaults] = []
     for text in texts:
-        name, path = _split(text)
-        run = _run_of(path)
-        folder = path / EXPORT_FOLDER if run == path else path
-        _check_model(path, folder)
-        targets.append(Target(name or (run or folder).absolute().name, folder))
-        if (defaults := read_defaults(folder if run is None else run)) is not None:
+        target, source = _find(*_split(text), base)
+        targets.append(target)
+        if (defaults := read_defaults(source)) is not None:
             runs.append(defaults)
     names = [target.name for target in targets]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -69,6 +86,80 @@ def find_targets(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]
         folder = targets[names.index(twice)].folder
         raise UserError(f"two targets are called {twice!r}; name them apart, as in first={folder}")
     return targets, runs
+
+
+def _find(name: str | None, text: str, base: str | None) -> tuple[Target, Path]:
+    """(the target, the folder that may say how it was evaluated)."""
+    path = Path(text).expanduser()
+    if is_hub_id(text):
+        path = fetch(text)
+        name = name or Path(text).name
+    if (run := run_of_checkpoint(path)) is not None:
+        return _checkpoint_target(name or f"{run.name} {path.name}", path.absolute(), run), run
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        return _adapter_target(name, path, base)
+    run = _run_of(path)
+    folder = path / EXPORT_FOLDER if run == path else path
+    _check_model(path, folder)
+    return Target(name or (run or folder).absolute().name, folder), folder if run is None else run
+
+
+def _every_checkpoint(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]:
+    run = Path(texts[0]).expanduser()
+    if len(texts) > 1 or not (run / RECORD_FILE).is_file():
+        raise UserError("--every-checkpoint follows one run: give its folder alone (outputs/runs/NAME)")
+    folders = sorted((run.absolute() / CHECKPOINTS).glob(f"{STEP}*"))
+    if not folders:
+        raise ModelError(f"the run {run} has kept no checkpoint; checkpoint.keep_last and keep_best say how many stay")
+    defaults = read_defaults(run)
+    assert defaults is not None, "it has a record"
+    names = (f"step {int(folder.name.removeprefix(STEP))}" for folder in folders)
+    targets = [_checkpoint_target(name, folder, run.absolute()) for name, folder in zip(names, folders, strict=True)]
+    return targets, [defaults]
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """The run whose checkpoint a folder is; None if it is none."""
+    run = path.absolute().parent.parent
+    is_one = path.is_dir() and path.absolute().parent.name == CHECKPOINTS and (run / RECORD_FILE).is_file()
+    return run if is_one else None
+
+
+def version_of(target: Target) -> int:
+    """The step of a checkpoint."""
+    assert target.checkpoint is not None
+    return int(target.checkpoint.name.removeprefix(STEP))
+
+
+def _checkpoint_target(name: str, path: Path, run: Path) -> Target:
+    model = str(config_of(run).student.model)
+    folder = Path(model)
+    if is_hub_id(model):
+        folder = fetch(model)
+    elif not folder.is_dir():
+        raise ModelError(f"the run {run} started from {model}, which is not there; put it back, or evaluate an export")
+    return Target(name, folder, "student", checkpoint=path)
+
+
+def _adapter_target(name: str | None, path: Path, base: str | None) -> tuple[Target, Path]:
+    """A PEFT folder over the base that is named, that it names itself, or that lies around it (an export's adapter/)."""
+    around = path.absolute().parent
+    if path.absolute().name == ADAPTER_FOLDER and (around / MANIFEST).is_file():  # export and adapter are one student
+        return Target(name or around.name, around), around
+    try:
+        named = json.loads((path / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path / ADAPTER_CONFIG} cannot be read ({error}); save the adapter again") from error
+    under = base or named
+    if not under:
+        raise ModelError(f"{path} is an adapter that does not name its base; give it with --base MODEL")
+    folder = fetch(under) if is_hub_id(under) else Path(under).expanduser()
+    if run := _run_of(folder):
+        folder = run / EXPORT_FOLDER
+    if not folder.is_dir():
+        raise ModelError(f"the base of adapter {path} is {under}, which is not there; give it with --base MODEL")
+    _check_model(folder, folder)
+    return Target(name or path.absolute().name, folder, "student", adapter=path), path
 
 
 def template_of(targets: Sequence[Target], runs: Sequence[RunDefaults]) -> dict[str, Any] | None:
@@ -93,11 +184,11 @@ def _kept_template(folder: Path) -> dict[str, Any] | None:
     return kept
 
 
-def _split(text: str) -> tuple[str | None, Path]:
-    name, equals, folder = text.partition("=")
+def _split(text: str) -> tuple[str | None, str]:
+    name, equals, model = text.partition("=")
     if equals and name and not Path(text).exists():
-        return name, Path(folder).expanduser()
-    return None, Path(text).expanduser()
+        return name, model
+    return None, text
 
 
 def _run_of(path: Path) -> Path | None:
@@ -147,6 +238,13 @@ def read_defaults(folder: Path) -> RunDefaults | None:
             f"{said_by} is of another version of raydistill ({type(error).__name__}); copy the model alone to another "
             "folder and evaluate that, with --teacher and --data"
         ) from error
+
+
+def config_of(run: Path) -> Config:
+    """The settings in a run's record; paths are absolute where they exist."""
+    start = require_start(run)
+    config = {**start, "config": _with_absolute_paths(start["config"])}
+    return recorded_config(config, run, f"its own export is {run / EXPORT_FOLDER}")
 
 
 def source_of(start: Mapping[str, Any]) -> dict[str, Any]:

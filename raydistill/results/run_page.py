@@ -136,11 +136,8 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     table = PageTable(
         columns=tuple(comparison_columns(rows)),
         rows=tuple(
-            tuple(
-                Cell(text=text, value=value, is_strong=row.role == "student")
-                for text, value in comparison_cells(row, rows)
-            )
-            for row in rows
+            tuple(Cell(text=text, value=value, is_strong=row.role == "student") for text, value in cells)
+            for row, cells in zip(rows, comparison_cells(rows), strict=True)
         ),
     )
     return {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 Role = Literal["teacher", "ptq", "student", "control"]
 _MOST_PLACES = 7
 _COLUMNS = ("model", "role", "exact match", "KL (nats/token)", "perplexity", "size")
+
+
+class Measure(TypedDict):
+    """One more number about a model; a plain mapping, so that a row in JSON is a row again."""
+
+    value: float
+    se: float | None  # None where none is known
+    is_share: bool  # 0..1, shown in percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +37,7 @@ class SummaryRow:
     num_rows: int | None = None  # test rows behind exact_match
     perplexity: float | None = None
     extras: dict[str, float | str] = field(default_factory=dict)
+    measures: dict[str, Measure] = field(default_factory=dict)  # by column: tasks, texts, labels
 
 
 def recovered_share(teacher: float, ptq: float, student: float) -> float | None:
@@ -41,22 +50,36 @@ def comparison_table(rows: Sequence[SummaryRow], title: str | None = None) -> Ta
     """A rich table; the student's row is bold."""
     from rich.table import Table
 
-    extras = _extra_names(rows)
     table = Table(title=title)
-    for column in (*_COLUMNS, *extras):
+    for column in comparison_columns(rows):
         table.add_column(column, justify="left" if column in _COLUMNS[:2] else "right")
-    for row in rows:
-        table.add_row(*_cells(row, extras), style="bold" if row.role == "student" else None)
+    for row, cells in zip(rows, _cells(rows), strict=True):
+        table.add_row(*cells, style="bold" if row.role == "student" else None)
+    return table
+
+
+def transposed_table(rows: Sequence[SummaryRow], title: str | None = None) -> Table:
+    """The same with a line for each column and a column for each model, for narrow terminals."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name, *cells in zip(comparison_columns(rows), *_cells(rows), strict=True):
+        if not table.columns:
+            table.add_column(name)
+            for row, cell in zip(rows, cells, strict=True):
+                table.add_column(cell, justify="right", style="bold" if row.role == "student" else None)
+        elif any(cell != "-" for cell in cells):
+            table.add_row(name, *cells)
     return table
 
 
 def comparison_markdown(rows: Sequence[SummaryRow]) -> str:
     """The same table for a README or a report."""
-    extras = _extra_names(rows)
-    lines = ["| " + " | ".join((*_COLUMNS, *extras)) + " |"]
-    lines.append("|" + "|".join(["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2 + len(extras))) + "|")
-    for row in rows:
-        cells = [cell.replace("|", "\\|") for cell in _cells(row, extras)]
+    columns = comparison_columns(rows)
+    lines = ["| " + " | ".join(column.replace("|", "\\|") for column in columns) + " |"]
+    lines.append("|" + "|".join(["---"] * 2 + ["---:"] * (len(columns) - 2)) + "|")
+    for row, cells in zip(rows, _cells(rows), strict=True):
+        cells = [cell.replace("|", "\\|") for cell in cells]
         lines.append("| " + " | ".join(f"**{cell}**" if row.role == "student" else cell for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -94,25 +117,50 @@ def with_error(value: float, se: float | None) -> str:
     return f"{value:.{max(places, 0)}f} ± {se:.{max(places, 0)}f}"
 
 
+def format_measure(measure: Measure | None) -> str:
+    """`61.2% ± 0.5%`, `23.41 ± 0.2`; `-` for what was not measured."""
+    if measure is None:
+        return "-"
+    form = ".1%" if measure["is_share"] else ".4g"
+    error = "" if measure["se"] is None else f" ± {measure['se']:{form if measure['is_share'] else '.2g'}}"
+    return f"{measure['value']:{form}}{error}"
+
+
 def comparison_columns(rows: Sequence[SummaryRow]) -> list[str]:
-    """The columns of the comparison, with the extra ones of these rows."""
-    return [*_COLUMNS, *_extra_names(rows)]
+    """The columns of the comparison, with the further ones of these rows."""
+    return [*_COLUMNS, *_names([row.measures for row in rows]), *_names([row.extras for row in rows])]
 
 
-def comparison_cells(row: SummaryRow, rows: Sequence[SummaryRow]) -> list[tuple[str, float | None]]:
-    """One row as (text, number to sort by) for each column of `rows`."""
-    extras = _extra_names(rows)
-    numbers: list[Any] = [None, None, row.exact_match, row.kl_nats, row.perplexity, row.bytes]
-    numbers += [row.extras.get(name) for name in extras]
-    kept = [float(number) if isinstance(number, (int, float)) else None for number in numbers]
-    return list(zip(_cells(row, extras), kept, strict=True))
+def comparison_cells(rows: Sequence[SummaryRow]) -> list[list[tuple[str, float | None]]]:
+    """Each row as (text, number to sort by) for every column."""
+    measures, extras = _names([row.measures for row in rows]), _names([row.extras for row in rows])
+    found = []
+    for row, texts in zip(rows, _cells(rows), strict=True):
+        numbers: list[Any] = [None, None, row.exact_match, row.kl_nats, row.perplexity, row.bytes]
+        numbers += [measure["value"] if (measure := row.measures.get(name)) else None for name in measures]
+        numbers += [row.extras.get(name) for name in extras]
+        kept = [float(number) if isinstance(number, (int, float)) else None for number in numbers]
+        found.append(list(zip(texts, kept, strict=True)))
+    return found
 
 
-def _cells(row: SummaryRow, extras: Sequence[str]) -> list[str]:
+def _cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
+    measures, extras = _names([row.measures for row in rows]), _names([row.extras for row in rows])
+    return [
+        [
+            *_common_cells(row),
+            *(format_measure(row.measures.get(name)) for name in measures),
+            *(_extra_cell(row.extras.get(name, "-")) for name in extras),
+        ]
+        for row in rows
+    ]
+
+
+def _common_cells(row: SummaryRow) -> list[str]:
     match = "-" if row.exact_match is None else f"{row.exact_match:.1%}"
     if row.exact_match is not None and row.exact_match_se is not None:
         match += f" ± {row.exact_match_se:.1%}"
-    cells = [
+    return [
         row.name,
         row.role,
         match,
@@ -120,11 +168,11 @@ def _cells(row: SummaryRow, extras: Sequence[str]) -> list[str]:
         "-" if row.perplexity is None else f"{row.perplexity:.3f}",
         format_bytes(row.bytes),
     ]
-    for name in extras:
-        value = row.extras.get(name, "-")
-        cells.append(value if isinstance(value, str) else f"{value:.4g}")
-    return cells
 
 
-def _extra_names(rows: Sequence[SummaryRow]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.extras))
+def _extra_cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _names(columns: Sequence[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for row in columns for name in row))

@@ -183,8 +183,8 @@ def make_plan(arguments: argparse.Namespace, extra: Sequence[str]) -> Plan:
 
 def notes_of(plan: Plan) -> list[str]:
     """What a reader of the figures must know."""
+    from raydistill.actors.vllm_folders import takes_int4, why_plain
     from raydistill.serving.bench_inputs import kv_cache_gib
-    from raydistill.serving.serve import takes_int4, why_plain
 
     student = plan.contenders[0]
     together = (

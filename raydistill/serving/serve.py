@@ -6,25 +6,22 @@ This process becomes the server (`exec`), so that signals and the exit code are 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
-import platform
-import shutil
 import socket
 import sys
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydistill.actors.vllm_folders import engine_dtype, is_cpu, manifest_of, runnable_folder, takes_int4
 from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT, allocated_rank
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.targets import EXPORT_FOLDER
-from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, TEMPLATE
+from raydistill.quant.formats import ADAPTER_FOLDER, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
 
 HOST, PORT = "127.0.0.1", 8000
@@ -67,7 +64,7 @@ def serve_command(argv: Sequence[str], execute: Callable[[str, list[str], dict[s
     check_port(arguments.port)
     folder = prepare_folder(arguments.folder)
     name = arguments.served_model_name or default_name(arguments.folder)
-    server = plan_server(folder, arguments.port, name, extra, _is_cpu())
+    server = plan_server(folder, arguments.port, name, extra, is_cpu())
     console.print(f"serving {folder} as {name!r} at http://{HOST}:{arguments.port}/v1 (Ctrl-C ends it)", soft_wrap=True)
     sys.stdout.flush()
     execute(server.arguments[0], server.arguments, server.environment)
@@ -135,59 +132,19 @@ def check_model(folder: Path) -> Path:
         raise ModelError(f"{folder} is no model: it holds no config.json; give an export, a model or a run's folder")
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} is no model: it holds no .safetensors file; export it again")
-    if (_manifest(folder) or {}).get("lora") is not None and not (folder / ADAPTER_FOLDER).is_dir():
+    if (manifest_of(folder) or {}).get("lora") is not None and not (folder / ADAPTER_FOLDER).is_dir():
         raise ModelError(f"{folder} is a base without its adapter: {ADAPTER_FOLDER}/ is missing; export the run again")
     return folder
 
 
 def servable_folder(folder: Path, takes_int4: bool) -> Path:
     """A folder that vLLM runs here: the one given, a run's export, or plain weights written beside it."""
-    folder = check_model(folder)
-    reason = why_plain(folder, takes_int4)
-    return folder if reason is None else plain_copy(folder, reason)
-
-
-def why_plain(folder: Path, takes_int4: bool) -> str | None:
-    """Why vLLM cannot run these weights as they are stored; None if it can."""
-    manifest = _manifest(folder)
-    if manifest is None or manifest.get("as") == "dequantized":
-        return None
-    if manifest.get("as", "packed") == "packed":
-        return "is packed"
-    return None if takes_int4 else "is int4, for which vLLM has no kernel on this processor"
-
-
-def plain_copy(export: Path, reason: str) -> Path:
-    """FOLDER.dequantized beside an export, adapter merged: written if it is not there or is of another student."""
-    copy, source = export.with_name(f"{export.name}.dequantized"), _source_of(export)
-    made = _manifest(copy)
-    if made is not None and made.get("extra", {}).get("source") == source:
-        console.print(f"{export} {reason}: using the plain weights in {copy}", soft_wrap=True)
-        return copy
-    if copy.exists() and (made is None or "source" not in made.get("extra", {})):
-        raise UserError(f"{copy} is in the way: plain weights of {export.name} belong there; move or remove it")
-    console.print(f"{export} {reason}: writing plain weights to {copy}", soft_wrap=True)
-    from raydistill.quant.export_files import rename_over
-    from raydistill.quant.layouts import write_layout
-
-    building = copy.with_name(f".{copy.name}.{uuid.uuid4().hex[:8]}.partial")
-    is_served = (_manifest(export) or {})["lora"] is not None
-    try:
-        write_layout(export, building, "dequantized", merge_adapter=is_served, extra={"source": source})
-        rename_over(building, copy)
-    except OSError as error:
-        raise UserError(
-            f"plain weights cannot be written to {copy} ({error.strerror or error}); export the run with "
-            "--as dequantized to a place with room, and serve that"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return copy
+    return runnable_folder(check_model(folder), takes_int4)
 
 
 def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu: bool) -> Server:
     """Command line and environment of the server. What the caller's environment sets stays as it is."""
-    manifest = _manifest(folder)
+    manifest = manifest_of(folder)
     lora = (manifest or {}).get("lora")
     options = {"model": str(folder), "host": HOST, "port": str(port), "served-model-name": name}
     if lora is not None:
@@ -203,7 +160,7 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the server has a process of its own for the engine anyway
     if is_cpu:
         environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        options |= {"dtype": _cpu_dtype(folder, manifest), "block-size": "32"}
+        options |= {"dtype": engine_dtype(folder, is_cpu=True), "block-size": "32"}
     given = {argument.split("=")[0] for argument in extra}
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for option, value in options.items():
@@ -212,44 +169,3 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
     flags = (["--enable-lora"] if lora is not None else []) + (["--enforce-eager"] if is_cpu else [])
     arguments += [flag for flag in flags if flag not in given]
     return Server(arguments=[*arguments, *extra], environment={**environment, **os.environ})
-
-
-def _cpu_dtype(folder: Path, manifest: Mapping[str, Any] | None) -> str:
-    """vLLM's 4-bit kernels for CPUs compute in bfloat16 only; anything else runs in its own dtype."""
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("quantization_config"):
-        return "bfloat16"
-    return str((manifest or {}).get("dtype") or "auto")
-
-
-def _source_of(export: Path) -> str:
-    """Fingerprint of an export: its raydistill.json holds the hashes of all its weights."""
-    return hashlib.sha256((export / MANIFEST).read_bytes()).hexdigest()[:16]
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except OSError:
-        return None
-    except ValueError as error:
-        raise ModelError(f"{folder / MANIFEST} is damaged ({error}); export the student again") from error
-    return manifest
-
-
-def takes_int4() -> bool:
-    """Whether vLLM has a 4-bit kernel on this machine."""
-    return not _is_cpu() or _cpu_takes_int4()
-
-
-def _is_cpu() -> bool:
-    import torch
-
-    return not torch.cuda.is_available()
-
-
-def _cpu_takes_int4() -> bool:
-    """vLLM's build for x86 processors without AVX-512 loads int4 weights and fails at the first token."""
-    import torch
-
-    return platform.machine().lower() not in ("x86_64", "amd64") or bool(torch.cpu._is_avx512_supported())

@@ -82,7 +82,8 @@ LIBRARY_HOMES = {
     "mlflow": ("raydistill.results",),
     "compressed_tensors": ("raydistill.quant", "raydistill.ptq.runner"),  # the runner lives in another environment
     "llmcompressor": ("raydistill.ptq.runner",),
-    "huggingface_hub": ("raydistill.serving.export",),
+    "huggingface_hub": ("raydistill.serving.export", "raydistill.evaluate.hub"),
+    "lm_eval": ("raydistill.evaluate",),
 }
 
 # Rooms whose libraries are listed in full (besides the standard library).
@@ -116,8 +117,17 @@ LIGHT_AT_START = (
         "raydistill.study.command",
         "raydistill.study.study",
     ),
+    *(
+        "raydistill.evaluate.command",
+        "raydistill.evaluate.arguments",
+        "raydistill.evaluate.plan",
+        "raydistill.evaluate.targets",
+        "raydistill.evaluate.hub",
+        "raydistill.evaluate.task_names",
+        "raydistill.evaluate.harness_tasks",
+    ),
 )
-HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "raydistill.launch")
+HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "lm_eval", "raydistill.launch")
 
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 100

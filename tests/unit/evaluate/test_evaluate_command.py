@@ -11,8 +11,10 @@ from raydistill.config import Config, DataSection
 from raydistill.data.dataset import fingerprint_of
 from raydistill.data.encode import encode_rows
 from raydistill.errors import UserError
-from raydistill.evaluate.command import _parser, evaluate_command, make_plan
+from raydistill.evaluate.arguments import parser
+from raydistill.evaluate.command import evaluate_command
 from raydistill.evaluate.paired import read_row_values
+from raydistill.evaluate.plan import make_plan
 from raydistill.evaluate.ptq import export_ptq
 from raydistill.evaluate.rows import rows_of_file, rows_of_run
 from raydistill.evaluate.targets import source_of
@@ -75,7 +77,8 @@ def test_per_row_scores_go_to_a_file_and_give_the_tables_numbers(capsys, world, 
     teacher, student = json.loads(out)
     values = read_row_values(file)
     assert list(values) == ["teacher", "student"]
-    assert values["student"].keys() == {"kl_nats", "cross_entropy_nats", "exact_match"}
+    names = {"kl_nats", "cross_entropy_nats", "exact_match", "exact_match_last_number"}
+    assert values["student"].keys() == names
     assert values["student"]["kl_nats"].mean == pytest.approx(student["kl_nats"])
     assert values["student"]["kl_nats"].standard_error == pytest.approx(student["kl_se"])
     assert math.exp(values["teacher"]["cross_entropy_nats"].mean) == pytest.approx(teacher["perplexity"])
@@ -165,7 +168,7 @@ def test_what_an_export_no_longer_finds_is_one_line(capsys, alone, world, tmp_pa
     shutil.rmtree(teacher)
     code, _, err = run(capsys, alone)
     assert code == 2
-    assert err == f"error: the teacher of run source was {teacher}, which is not there; give --teacher FOLDER\n"
+    assert err == f"error: the teacher of run source was {teacher}, which is not there; give --teacher MODEL\n"
     assert run(capsys, alone, "--teacher", world.teacher)[0] == 0
 
 
@@ -184,14 +187,14 @@ def test_each_mistake_is_one_clear_line(capsys, world, export, make_run, tmp_pat
         "exports/none does not exist": ["exports/none", *teacher, *data],
         "did you mean": [export.parent / "int5", *teacher, *data],
         "is not a model: it holds no config.json": [empty, *teacher, *data],
-        "no rows to measure on: give --data FILE": [export, *teacher],
-        "no teacher to compare with: give --teacher FOLDER": [export, *data],
+        "nothing to measure on: give rows with --data FILE": [export, *teacher],
+        "no teacher to compare with: give --teacher MODEL": [export, *data],
         "missing.jsonl does not exist": [export, *teacher, "--data", tmp_path / "missing.jsonl"],
         "has no export/ folder": [make_run("open", has_export=False)],
         "the run held out 6 rows": [run_a, "--rows", 7],
         "runs a and b have different held-out rows": [run_a, run_b],
         "two targets are called 'int4'": [export, export, *teacher, *data],
-        "neither a folder nor a hub id": [export, "--teacher", "no/such-model", *data],
+        "no/such-model does not exist here": [export, "--teacher", "no/such-model", *data],
     }
     for message, argv in cases.items():
         code, out, err = run(capsys, *argv)
@@ -240,17 +243,17 @@ def test_rows_of_a_file_are_rendered_as_in_training(make_run, world, tmp_path):
     """Whatever the targets say about the template: a run by its record, an export by its raydistill.json."""
     variables = {"enable_thinking": True}
     folder = make_run("thinking", template=variables)
-    switches = _parser().parse_args([str(folder), "--data", str(world.rows)])
+    switches = parser().parse_args([str(folder), "--data", str(world.rows)])
     assert make_plan(switches).template == variables
     alone = tmp_path / "alone"
     shutil.copytree(folder / "export", alone)
     manifest = json.loads((alone / "raydistill.json").read_text())
     arguments = [str(alone), "--data", str(world.rows), "--teacher", str(world.teacher)]
-    assert make_plan(_parser().parse_args(arguments)).template is None
+    assert make_plan(parser().parse_args(arguments)).template is None
     (alone / "raydistill.json").write_text(json.dumps({**manifest, "extra": {"template": {"enable_thinking": False}}}))
-    assert make_plan(_parser().parse_args(arguments)).template == {"enable_thinking": False}
+    assert make_plan(parser().parse_args(arguments)).template == {"enable_thinking": False}
     with pytest.raises(UserError, match=r"thinking was trained with .*true.*, alone with .*false.*one after the other"):
-        make_plan(_parser().parse_args([str(folder), str(alone), "--data", str(world.rows)]))
+        make_plan(parser().parse_args([str(folder), str(alone), "--data", str(world.rows)]))
 
 
 def test_prompts_are_those_of_the_student_whatever_the_teachers_template_says(capsys, world, export, tmp_path):

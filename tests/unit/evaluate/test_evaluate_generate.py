@@ -11,7 +11,6 @@ from raydistill.evaluate.generate import (
     greedy_completions,
     match_answers,
     require_final_numbers,
-    score_exact_match,
 )
 
 
@@ -32,7 +31,8 @@ def questions(world):
 
 def test_exact_match_counts_the_answers_whose_final_number_is_right(world, parrot, questions):
     eos = world.tokenizer.eos_token_id
-    score = score_exact_match(parrot, questions, world.tokenizer, [eos], 16)
+    answers = greedy_completions(parrot, [q.prompt_ids for q in questions], [eos], 16)
+    score = match_answers(zip(answers, (q.reference_ids for q in questions), strict=True), world.tokenizer)
     assert (sum(score.hits), score.num_rows) == (3, 4)
     assert score.share == 0.75
     assert score.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))

@@ -270,8 +270,8 @@ def test_the_servers_command_fits_the_weights(run: Run, served: Run, tmp_path: P
         environment.update(env)
 
     extra = ["--max-model-len", "64", "--block-size=16"]
-    monkeypatch.setattr("raydistill.serving.serve._is_cpu", lambda: True)
-    monkeypatch.setattr("raydistill.serving.serve._cpu_takes_int4", lambda: True)
+    monkeypatch.setattr("raydistill.serving.serve.is_cpu", lambda: True)
+    monkeypatch.setattr("raydistill.actors.vllm_folders._cpu_takes_int4", lambda: True)
     serve_command([str(tmp_path / "int4"), "--port", "8123", "--", *extra], execute)
     text = " ".join(started[0])
     assert f"-m vllm.entrypoints.openai.api_server --model {tmp_path / 'int4'} --host 127.0.0.1 --port 8123" in text
