@@ -79,7 +79,8 @@ class SweepRecorder(Callback):
 
 def described(trial: Trial) -> str:
     """`learning_rate=0.001, beta=0.5`."""
-    return ", ".join(f"{field.rpartition('.')[2]}={value}" for field, value in trial.values.items())
+    shown = {field: f"{value:.4g}" if isinstance(value, float) else str(value) for field, value in trial.values.items()}
+    return ", ".join(f"{field.rpartition('.')[2]}={value}" for field, value in shown.items())
 
 
 def reason_of(folder: Path, trial: Any) -> str:

@@ -182,17 +182,18 @@ def _check_identity(sweep: Sweep, retry_failed: bool) -> None:
         raise UserError(
             f"sweep {sweep.name!r} cannot go on with other settings: {'; '.join(changed)}. Take them back, {way_out}"
         )
-    statuses = _statuses(sweep.folder)
+    statuses = [trial["status"] for trial in _trials(sweep.folder)]
     again = retry_failed and "failed" in statuses
     if sum(status in OVER for status in statuses) >= sweep.num_trials and not again:
         raise UserError(f"sweep {sweep.name!r} has finished (see {sweep.folder}); {way_out}")
 
 
-def _statuses(folder: Path) -> list[str]:
+def _trials(folder: Path) -> list[dict[str, Any]]:
     try:
-        return [trial["status"] for trial in read_state(folder)["trials"]]
+        trials: list[dict[str, Any]] = read_state(folder)["trials"]
     except (OSError, ValueError):  # it was stopped before its first trial
         return []
+    return trials
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,6 +209,8 @@ def _set_aside(folder: Path) -> None:
         return
     with locked(folder):
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        for run in (folder.parent.parent / "runs").glob(f"{folder.name}-[0-9][0-9][0-9]"):
-            run.rename(run.with_name(f"{run.name}.before-{stamp}"))
+        for trial in _trials(folder):
+            run = folder.parent.parent / "runs" / trial["run"]
+            if run.exists():
+                run.rename(run.with_name(f"{run.name}.before-{stamp}"))
         folder.rename(folder.with_name(f"{folder.name}.before-{stamp}"))

@@ -73,8 +73,9 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
 
 
 def run_name(sweep_name: str, trial_id: str) -> str:
-    """Tune numbers its trials, and keeps the numbers when it goes on."""
-    return f"{sweep_name}-{int(trial_id.rpartition('_')[2]):03d}"
+    """Tune numbers the trials that it chooses itself, and names those of a searcher; it keeps both when it goes on."""
+    last = trial_id.rpartition("_")[2]
+    return f"{sweep_name}-{int(last):03d}" if "_" in trial_id else f"{sweep_name}-{last}"
 
 
 def point_of(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,3 +41,11 @@ def test_a_file_is_whole_or_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot write .*sweep\.json"):
         state.change("lr-000", status="finished")
     assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["status"] == "running"
+
+
+def test_a_trials_run_has_the_number_or_the_name_that_tune_gave_it() -> None:
+    from raydistill.sweep.tuner import run_name
+
+    assert run_name("lr", "10f32_00007") == "lr-007"
+    assert run_name("lr", "8be8035a") == "lr-8be8035a"  # a searcher's
+    assert run_name("lr", "12345678") == "lr-12345678"
