@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
+from raydistill.evaluate.paired import EXACT_MATCH, KL
 from raydistill.ptq.baselines import METHODS, Baseline
 from raydistill.results.tables import SummaryRow, format_kl
 from raydistill.study.arms import devices_of
@@ -160,7 +161,6 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
 
     config, study, data = inputs.config, inputs.config.study, inputs.data
     student, teacher = Path(str(config.student.model)).name, Path(str(config.teacher.model)).name
-    compared = [line for line in lines if line.kl_test is not None]
     parts = [
         f"# {student} in {config.quant.format}: plain quantization against distillation",
         words["verdict"],
@@ -168,7 +168,7 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
     ]
     if missing := missing_lines(lines):
         parts.append("Not there:\n\n" + "\n".join(f"- {text}" for text in missing))
-    count = sum((line.kl_test is not None) + (line.match_test is not None) for line in compared)
+    count = sum(measure in line.tests for line in lines for measure in (KL, EXACT_MATCH))
     if reference is not None and count:
         parts.append("## How to read it\n\n" + LEGEND.format(reference=reference, count=count, chance=_chance(count)))
     parts.append("## Plain quantization\n\n" + _baselines_text(inputs))

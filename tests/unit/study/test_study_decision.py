@@ -69,18 +69,18 @@ def test_a_single_seed_keeps_its_scores_under_the_arms_name():
 
 def test_everything_but_the_teacher_is_compared_with_the_reference_and_that_with_nothing():
     lines = compare_rows(ROWS, VALUES, "rtn-int2", {}, {"s0": 1}, {"s0": {"rollout": 3.0, "trainer": 4.0}})
-    tests = {line.name: (line.kl_test, line.match_test) for line in lines}
-    assert tests["teacher"] == tests["rtn-int2"] == (None, None)
-    assert tests["s0"][0].difference == (6 - 16) / 8
-    assert tests["s0"][0].p_value == pytest.approx(2 / 16)  # four rows, all the same way
-    assert tests["s0"][1].difference == 0.5
-    assert tests["s0"][1].p_value == 0.5  # McNemar of two rows, both the same way
+    tests = {line.name: line.tests for line in lines}
+    assert tests["teacher"] == tests["rtn-int2"] == {}
+    assert tests["s0"]["kl_nats"].difference == (6 - 16) / 8
+    assert tests["s0"]["kl_nats"].p_value == pytest.approx(2 / 16)  # four rows, all the same way
+    assert tests["s0"]["exact_match"].difference == 0.5
+    assert tests["s0"]["exact_match"].p_value == 0.5  # McNemar of two rows, both the same way
     assert lines[2].cost == 7.0
     assert lines[1].cost is None
 
 
 def test_without_a_reference_nothing_is_compared():
-    assert all(line.kl_test is None for line in compare_rows(ROWS, VALUES, None, {}, {}, {}))
+    assert all(line.tests == {} for line in compare_rows(ROWS, VALUES, None, {}, {}, {}))
 
 
 def test_the_table_says_what_each_line_is_worth_and_why_a_line_is_empty():
@@ -108,8 +108,8 @@ def test_without_exact_match_its_columns_are_left_out_and_json_holds_every_numbe
     console = Console(width=200, record=True, quiet=True)
     console.print(decision_table(lines, "rtn-int2", "Test rows"))
     told = lines[2].to_json()
-    assert told["kl_test"] == {"difference": -1.25, "se": lines[2].kl_test.se, "p_value": lines[2].kl_test.p_value}
-    assert told["exact_match_test"] is None
+    test = lines[2].tests["kl_nats"]
+    assert told["tests"] == {"kl_nats": {"difference": -1.25, "se": test.se, "p_value": test.p_value}}
     assert told["kl_se"] == rows[2].kl_se
 
 
