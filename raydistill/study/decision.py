@@ -156,14 +156,20 @@ def paired_compare(values: Values) -> Compare:
     return compare
 
 
-def decision_table(lines: Sequence[Line], reference: str | None, title: str | None = None) -> Table:
-    """For the terminal; students are bold, what is not there is dim."""
+def decision_table(lines: Sequence[Line], reference: str | None, is_narrow: bool = False) -> Table:
+    """For the terminal; students are bold, what is not there is dim. is_narrow: 80 columns wide, without the differences and
+    with fewer standard errors."""
+    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
     from rich.table import Table
 
     columns = _columns(lines, reference)
-    table = Table(title=title)
+    title = "Held-out test rows"
+    if is_narrow:
+        columns = _narrow_columns(columns, reference)
+        title += "" if reference is None else f" (p: of no difference to {reference})"
+    table = Table(title=title, box=SIMPLE_HEAD if is_narrow else HEAVY_HEAD)
     for heading, _ in columns:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for line in lines:
         style = "dim" if line.row is None else "bold" if line.role == "student" else None
         table.add_row(*(cell(line) for _, cell in columns), style=style)
@@ -200,6 +206,15 @@ def _columns(lines: Sequence[Line], reference: str | None) -> list[Column]:
     if has_match and reference is not None:
         columns += [(f"against {reference}", _match_change), ("p", lambda line: _p_cell(line.tests.get(EXACT_MATCH)))]
     return [*columns, ("perplexity", _perplexity_cell), ("device-s", _cost_cell)]
+
+
+def _narrow_columns(columns: Sequence[Column], reference: str | None) -> list[Column]:
+    short: dict[str, Column] = {
+        "model": ("model", lambda line: line.name),
+        "KL (nats/token)": ("KL", lambda line: _kl_cell(line).partition(" ±")[0]),
+    }
+    left_out = (f"against {reference}", "perplexity")
+    return [short.get(heading, (heading, cell)) for heading, cell in columns if heading not in left_out]
 
 
 def _name_cell(line: Line) -> str:

@@ -158,8 +158,10 @@ class Study:
             if set(missing) - {"rtn"}:
                 self._console.print(calibration.summary(), style="dim")
         for method in missing:
+            grids = NUM_GRIDS * len(study.ptq_formats)
+            self._console.print(f"[bold]{method}[/bold]: {grids} grids", highlight=False)
             with self._stage(method), bar(self._console) as progress:
-                task = progress.add_task(method, total=NUM_GRIDS * len(study.ptq_formats))
+                task = progress.add_task(method, total=grids)
                 found = find_baselines(
                     method,
                     study.ptq_formats,

@@ -1,3 +1,4 @@
+import io
 import math
 
 import numpy as np
@@ -105,8 +106,6 @@ def test_without_exact_match_its_columns_are_left_out_and_json_holds_every_numbe
     rows = [row(one.name, one.role, bare[one.name]) for one in ROWS]
     lines = compare_rows(rows, bare, "rtn-int2", {}, {}, {})
     assert "exact match" not in decision_markdown(lines, "rtn-int2")
-    console = Console(width=200, record=True, quiet=True)
-    console.print(decision_table(lines, "rtn-int2", "Test rows"))
     told = lines[2].to_json()
     test = lines[2].tests["kl_nats"]
     assert told["tests"] == {"kl_nats": {"difference": -1.25, "se": test.se, "p_value": test.p_value}}
@@ -120,3 +119,23 @@ def test_the_verdict_compares_answers_pair_by_pair_where_they_are_known():
     assert not found.is_real
     stranger = row("other", "ptq", VALUES["rtn-int2"])
     assert compare(ROWS[2], stranger).p_value is None
+
+
+def test_a_narrow_terminal_gets_a_table_that_fits_with_every_name_whole():
+    rows = [*ROWS[:2], row("off-policy", "student", VALUES["s0"])]
+    values = VALUES | {"off-policy": VALUES["s0"]}
+    lines = compare_rows(rows, values, "rtn-int2", {"off-policy": 0.25}, {"off-policy": 3}, {})
+
+    def printed(width, is_narrow):
+        console = Console(width=width, file=io.StringIO())
+        console.print(decision_table(lines, "rtn-int2", is_narrow))
+        return console.file.getvalue()
+
+    narrow = printed(80, True)
+    assert "(p: of no difference to rtn-int2)" in narrow
+    for text in ("off-policy", "75.0 ± 21.7 %", "0.12", "device-s"):
+        assert text in narrow
+    assert "…" not in narrow
+    wide = printed(150, False)
+    assert "off-policy (3 seeds)" in wide
+    assert "…" not in wide
