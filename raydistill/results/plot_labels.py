@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 _CHARACTER_WIDTH = 0.56  # of the font size; a little wide, so that estimated boxes are never too small
 _GAP = 9.0  # pixels between a point and its name
+NEAR = (0, 180, 90, 270, 45, 315, 135, 225)
+FAR = (30, 330, 150, 210, 60, 300, 120, 240, 0, 180, 90, 270)
+"""Directions of a name in degrees; a far one stays beside its point, as straight above there may be other points."""
 Box = tuple[float, float, float, float]  # left, bottom, right, top in pixels
 
 
@@ -56,7 +59,7 @@ def _data_point(axes: Axes, x: float, y: float) -> tuple[float, float]:
 def _free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box], frame: Box) -> Box:
     best, least = (x, y, x + width, y + height), math.inf
     for distance in (_GAP, 2.5 * _GAP, 5 * _GAP, 8 * _GAP, 12 * _GAP):
-        for angle in (0, 180, 90, 270, 45, 315, 135, 225):
+        for angle in NEAR if distance == _GAP else FAR:
             dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             middle_x = x + dx * (distance + width / 2)
             middle_y = y + dy * (distance + height / 2)

@@ -144,7 +144,7 @@ def _without_rival(student: SummaryRow) -> str:
 
 def _larger_that_would_do(student: SummaryRow, larger: Sequence[SummaryRow], compare: Compare) -> str:
     """The smallest larger PTQ model that is not worse than the student, if there is one."""
-    enough = sorted((row for row in larger if _not_worse(row, student, compare)), key=lambda row: row.bytes)
+    enough = sorted((row for row in larger if _not_worse(row, student, compare)), key=lambda row: (row.bytes, _kl(row)))
     if not enough:
         return ""
     row = enough[0]

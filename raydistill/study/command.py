@@ -18,6 +18,7 @@ from raydistill.errors import ConfigError
 if TYPE_CHECKING:
     from raydistill.study.report import Report
 
+WIDE = 150  # columns that the whole table takes
 COMPARED_ARMS = ("gold-ce", "off-policy", "mixed", "on-policy")
 COMPARED_METHODS = ("rtn", "gptq", "awq")
 DEMO_EXAMPLES = """\
@@ -141,12 +142,13 @@ def show(report: Report) -> None:
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = PIPE_WIDTH
-    out.print(decision_table(report.lines, report.reference, "Held-out test rows"))
+    out.print(decision_table(report.lines, report.reference, is_narrow=out.width < WIDE))
     for text in missing_lines(report.lines):
         out.print(f"not there: {text}", style="dim", markup=False, soft_wrap=True)
     out.print(report.verdict, soft_wrap=True)
     out.print(report.next_steps, soft_wrap=True)
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
-    out.print(f"time: {stages}; {sum(report.seconds.values()) / 60:.1f} minutes in all", style="dim", soft_wrap=True)
+    minutes = sum(report.seconds.values()) / 60
+    out.print(f"time of this start: {stages}; {minutes:.1f} minutes in all", style="dim", soft_wrap=True)
     for name, path in report.files.items():
         out.print(f"{name}: {path}", style="dim", soft_wrap=True)

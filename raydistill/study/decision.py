@@ -8,7 +8,7 @@ rows were looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +33,7 @@ class Line:
     role: Role
     row: SummaryRow | None
     reason: str | None = None
-    kl_test: PairedDifference | None = None  # against the reference; None for itself and where nothing was measured
-    match_test: PairedDifference | None = None
+    tests: Mapping[str, PairedDifference] = field(default_factory=dict)  # by measure, against the reference
     kl_sd: float | None = None  # between seeds
     num_seeds: int = 1
     device_seconds: Mapping[str, float] | None = None  # by stage; of a mean run where there are several seeds
@@ -47,13 +46,12 @@ class Line:
     def to_json(self) -> dict[str, Any]:
         """Plain values, full precision."""
         row = {} if self.row is None else asdict(self.row)
-        tests = {"kl_test": self.kl_test, "exact_match_test": self.match_test}
         return {
             **row,
             "name": self.name,
             "role": self.role,
             "reason": self.reason,
-            **{name: None if test is None else asdict(test) for name, test in tests.items()},
+            "tests": {measure: asdict(test) for measure, test in self.tests.items()},
             "kl_sd": self.kl_sd,
             "num_seeds": self.num_seeds,
             "device_seconds": None if self.device_seconds is None else dict(self.device_seconds),
@@ -130,14 +128,13 @@ def compare_rows(
         tests: dict[str, PairedDifference] = {}
         if reference is not None and row.name != reference and row.role != "teacher":
             shared = values[row.name].keys() & values[reference].keys()
-            tests = {name: paired_test(values[row.name][name], values[reference][name]) for name in shared}
+            tests = {name: paired_test(values[row.name][name], values[reference][name]) for name in sorted(shared)}
         lines.append(
             Line(
                 name=row.name,
                 role=row.role,
                 row=row,
-                kl_test=tests.get(KL),
-                match_test=tests.get(EXACT_MATCH),
+                tests=tests,
                 kl_sd=spread.get(row.name),
                 num_seeds=num_seeds.get(row.name, 1),
                 device_seconds=device_seconds.get(row.name),
@@ -159,14 +156,20 @@ def paired_compare(values: Values) -> Compare:
     return compare
 
 
-def decision_table(lines: Sequence[Line], reference: str | None, title: str | None = None) -> Table:
-    """For the terminal; students are bold, what is not there is dim."""
+def decision_table(lines: Sequence[Line], reference: str | None, is_narrow: bool = False) -> Table:
+    """For the terminal; students are bold, what is not there is dim. is_narrow: 80 columns wide, without the differences and
+    with fewer standard errors."""
+    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
     from rich.table import Table
 
     columns = _columns(lines, reference)
-    table = Table(title=title)
+    title = "Held-out test rows"
+    if is_narrow:
+        columns = _narrow_columns(columns, reference)
+        title += "" if reference is None else f" (p: of no difference to {reference})"
+    table = Table(title=title, box=SIMPLE_HEAD if is_narrow else HEAVY_HEAD)
     for heading, _ in columns:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for line in lines:
         style = "dim" if line.row is None else "bold" if line.role == "student" else None
         table.add_row(*(cell(line) for _, cell in columns), style=style)
@@ -197,12 +200,21 @@ def _columns(lines: Sequence[Line], reference: str | None) -> list[Column]:
     has_match = any(line.row is not None and line.row.exact_match is not None for line in lines)
     columns: list[Column] = [("model", _name_cell), ("size", _size_cell), ("KL (nats/token)", _kl_cell)]
     if reference is not None:
-        columns += [(f"against {reference}", _kl_change), ("p", lambda line: _p_cell(line.kl_test))]
+        columns += [(f"against {reference}", _kl_change), ("p", lambda line: _p_cell(line.tests.get(KL)))]
     if has_match:
         columns.append(("exact match", _match_cell))
     if has_match and reference is not None:
-        columns += [(f"against {reference}", _match_change), ("p", lambda line: _p_cell(line.match_test))]
+        columns += [(f"against {reference}", _match_change), ("p", lambda line: _p_cell(line.tests.get(EXACT_MATCH)))]
     return [*columns, ("perplexity", _perplexity_cell), ("device-s", _cost_cell)]
+
+
+def _narrow_columns(columns: Sequence[Column], reference: str | None) -> list[Column]:
+    short: dict[str, Column] = {
+        "model": ("model", lambda line: line.name),
+        "KL (nats/token)": ("KL", lambda line: _kl_cell(line).partition(" ±")[0]),
+    }
+    left_out = (f"against {reference}", "perplexity")
+    return [short.get(heading, (heading, cell)) for heading, cell in columns if heading not in left_out]
 
 
 def _name_cell(line: Line) -> str:
@@ -223,7 +235,7 @@ def _kl_cell(line: Line) -> str:
 
 
 def _kl_change(line: Line) -> str:
-    test = line.kl_test
+    test = line.tests.get(KL)
     if test is None:
         return "-"
     se = "" if test.se is None else f" ± {format_kl(test.se)}"
@@ -238,7 +250,7 @@ def _match_cell(line: Line) -> str:
 
 
 def _match_change(line: Line) -> str:
-    test = line.match_test
+    test = line.tests.get(EXACT_MATCH)
     if test is None:
         return "-"
     return f"{100 * test.difference:+.1f}" + ("" if test.se is None else f" ± {100 * test.se:.1f}")

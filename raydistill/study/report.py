@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
+from raydistill.evaluate.paired import EXACT_MATCH, KL
 from raydistill.ptq.baselines import METHODS, Baseline
 from raydistill.results.tables import SummaryRow, format_kl
 from raydistill.study.arms import devices_of
@@ -41,9 +42,11 @@ LEGEND = """\
 - KL: of the teacher's to the model's next-token distributions over the whole vocabulary, mean over the completion tokens of the
   test rows, in nats; ± one standard error (rows are the sample).
 - "against": the difference to {reference}, row by row on the same test rows, ± its standard error; negative KL is nearer to the
-  teacher. p: two-sided, of no difference; KL by a permutation test, exact match by the exact McNemar test. Each p stands for
-  itself: with {count} comparisons expect one below 0.05 by chance in {chance}.
-- {reference} is the best plain quantization of the students' width, chosen on the held-out rows, not on the test rows.
+  teacher. p: two-sided, of no difference; KL by a permutation test, exact match by the exact McNemar test (averages over seeds
+  by a permutation test too). Each p stands for itself: of {count} comparisons where nothing differs one in twenty falls below
+  0.05 by chance. The rows are the sample: that another training run would come out the same only several seeds can say.
+- {reference} is the best plain quantization of the students' width, chosen on the held-out rows, not on the test rows. The
+  student that the verdict names is the best one of this table: a choice on the test rows.
 - device-s: device-seconds. Of a run: busy time of its rollout, teacher, trainer and evaluation actors by the record's spans, x
   the GPUs of an actor (without any: x its processes); start-up, waiting and steps lost to a crash do not count. Of plain
   quantization: making and scoring all four grids, on one device; training the teacher belongs to nobody.
@@ -160,17 +163,16 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
 
     config, study, data = inputs.config, inputs.config.study, inputs.data
     student, teacher = Path(str(config.student.model)).name, Path(str(config.teacher.model)).name
-    compared = [line for line in lines if line.kl_test is not None]
     parts = [
-        f"# {student} in {config.quant.format}: plain quantization against distillation",
-        words["verdict"],
+        f"# Plain quantization against distillation: {student} in {config.quant.format}",
+        f"{words['verdict']} {words['next_steps']}",
         decision_markdown(lines, reference).rstrip(),
     ]
     if missing := missing_lines(lines):
         parts.append("Not there:\n\n" + "\n".join(f"- {text}" for text in missing))
-    count = sum((line.kl_test is not None) + (line.match_test is not None) for line in compared)
+    count = sum(measure in line.tests for line in lines for measure in (KL, EXACT_MATCH))
     if reference is not None and count:
-        parts.append("## How to read it\n\n" + LEGEND.format(reference=reference, count=count, chance=_chance(count)))
+        parts.append("## How to read it\n\n" + LEGEND.format(reference=reference, count=count))
     parts.append("## Plain quantization\n\n" + _baselines_text(inputs))
     parts.append(
         "## Distillation\n\n"
@@ -179,7 +181,7 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
         f"{config.trainer.learning_rate:g}, adapter {config.adapter.mode} of rank {config.adapter.rank}, on the grid that "
         f"rounding does best on ({'symmetric' if config.quant.symmetric else 'asymmetric'}, {config.quant.scale} scales, "
         f"group {config.quant.group_size}); the checkpoint with the lowest held-out KL (without a teacher: perplexity). Seeds: "
-        f"{study.seeds}, from {config.run.seed}. Nothing was tuned for one arm alone."
+        f"{study.seeds}, from {config.run.seed}. The arms differ in their objective alone."
     )
     parts.append(
         "## Rows\n\n"
@@ -187,13 +189,8 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
         f"- held out, to choose grids and checkpoints: {len(data.held_out):,} rows, fingerprint {data.held_out_fingerprint}\n"
         f"- test, for the table: at most {study.test_rows:,} rows of {inputs.test_path.name}; they choose nothing"
     )
-    parts.append(f"Teacher: {teacher}. Study {inputs.name}, raydistill {__version__}. {words['next_steps']}")
+    parts.append(f"Teacher: {teacher}. Study {inputs.name}, raydistill {__version__}.")
     return "\n\n".join(parts) + "\n"
-
-
-def _chance(count: int) -> str:
-    share = 1 - 0.95**count
-    return f"{share:.0%} of tables where nothing differs"
 
 
 def _baselines_text(inputs: ReportInputs) -> str:

@@ -8,14 +8,10 @@ Ray starts and vLLM is imported while a world's teacher trains. What is done is 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,29 +19,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import ConfigError, DataError, RunError
+from raydistill.errors import ConfigError
 from raydistill.ptq.baselines import Baseline
 from raydistill.study.arms import ROLES, arm_config, run_config, run_names, shared_config
+from raydistill.study.material import Material, prepare
+from raydistill.study.measure import measure
 from raydistill.study.state import open_study, study_lock
 
 if TYPE_CHECKING:
-    from raydistill.inputs import RunInputs
     from raydistill.launch import Pools, RunSummary
     from raydistill.results.tables import SummaryRow
     from raydistill.study.decision import Values
     from raydistill.study.report import Report
-
-TEACHER = "teacher"
-BASE = "base"  # the student's own model in full precision, where the teacher is another one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
-    """What is compared, and the rows of each purpose."""
-
-    config: Config  # with models and data files, the same rows for every arm
-    inputs: RunInputs  # training rows (also for calibration), held-out rows (which choose grids and checkpoints)
-    test_path: Path  # rows of the table: they choose nothing
 
 
 class Study:
@@ -83,10 +68,8 @@ class Study:
                 self._console.print(f"going on with the unfinished study {state.name}", style="bold")
             runs = self._finished_runs()
             wanted = [(arm, name) for arm in self._config.study.arms for name in self._names(arm)]
-            has_world = self._config.world.name != "none"
-            material = (
-                None if has_world else self._prepare()
-            )  # files and models of the user's: refused before Ray starts
+            # Models and files of the user's are looked at before Ray starts; a world's teacher trains meanwhile.
+            material = self._prepare() if self._config.world.name == "none" else None
             pools = self._start() if any(name not in runs for _, name in wanted) else None
             try:
                 material = material or self._prepare()
@@ -103,7 +86,11 @@ class Study:
                 if pools is not None:
                     pools.shutdown()
             with self._stage("evaluate"):
-                rows, values = self._evaluate(config, baselines, runs, material.test_path)
+                exports = {name: summary.export for name, summary in runs.items()}
+                roles = {name: ROLES[arm] for arm, name in wanted if arm in ROLES}
+                rows, values = measure(
+                    config, baselines, exports, roles, material.test_path, self._folder / "rows.jsonl"
+                )
             report = self._report(config, material, baselines, runs, rows, values)
             state.finish()
             return report
@@ -132,9 +119,8 @@ class Study:
         config = shared_config(self._config, self._config.study.arms)
         with self._stage("start"), spinner(self._console, "starting Ray and the actors"):
             with ThreadPoolExecutor(max_workers=1) as threads:
-                imports = threads.submit(
-                    import_module, "raydistill.actors.rollout_pool"
-                )  # as slow as Ray's start: side by side
+                # As slow as Ray's start: side by side.
+                imports = threads.submit(import_module, "raydistill.actors.rollout_pool")
                 start_cluster(config)
                 imports.result()
             check_placement(config, ray.cluster_resources())
@@ -144,30 +130,8 @@ class Study:
         return pools
 
     def _prepare(self) -> Material:
-        """Models and rows; makes the world if the config names one."""
-        from raydistill.data.encode import require_references
-        from raydistill.inputs import load_inputs
-        from raydistill.worlds import build_world, with_world
-
-        config, test_path = shared_config(self._config, self._config.study.arms), self._config.study.test_path
-        if config.world.name != "none":
-            with self._stage("teacher"):
-                world = build_world(config, self._console)
-            config, test_path = with_world(config, world), test_path or world.test_path
-            config = config.model_copy(update={"world": config.world.model_copy(update={"name": "none"})})
-        inputs = load_inputs(config, self._console)
-        assert test_path is not None
-        if not any(example.has_reference for example in inputs.data.held_out):
-            raise DataError(
-                f"no held-out row has a reference completion (data.eval_rows={config.data.eval_rows}): PTQ grids and "
-                "checkpoints are chosen on those"
-            )
-        if any(arm_config(config, arm).objective.on_policy_fraction < 1 for arm in self._config.study.arms):
-            require_references(inputs.data.train)
-        if self._config.study.test_path is not None:
-            check_unseen(inputs.config, test_path)
-        rows_of_arms = {"objective": self._config.objective}  # each arm sets its own on top
-        return Material(config=inputs.config.model_copy(update=rows_of_arms), inputs=inputs, test_path=test_path)
+        with self._stage("rows" if self._config.world.name == "none" else "teacher"):
+            return prepare(self._config, self._console)
 
     def _quantize(self, material: Material) -> list[Baseline]:
         """The best grid of every method and width, from an earlier life of the study where it got that far."""
@@ -194,8 +158,10 @@ class Study:
             if set(missing) - {"rtn"}:
                 self._console.print(calibration.summary(), style="dim")
         for method in missing:
+            grids = NUM_GRIDS * len(study.ptq_formats)
+            self._console.print(f"[bold]{method}[/bold]: {grids} grids", highlight=False)
             with self._stage(method), bar(self._console) as progress:
-                task = progress.add_task(method, total=NUM_GRIDS * len(study.ptq_formats))
+                task = progress.add_task(method, total=grids)
                 found = find_baselines(
                     method,
                     study.ptq_formats,
@@ -225,36 +191,6 @@ class Study:
         seed = self._names(arm).index(name)
         with self._stage(name.removeprefix(f"{self._state.name}-")):
             return run(run_config(config, arm, name, self._output, seed), pools, self._console)
-
-    def _evaluate(
-        self, config: Config, baselines: list[Baseline], runs: dict[str, RunSummary], test: Path
-    ) -> tuple[list[SummaryRow], Values]:
-        """All rows from their folders, by one fresh process; and each test row's scores."""
-        from raydistill.evaluate.paired import read_row_values
-        from raydistill.quant.export_files import model_folder
-        from raydistill.results.tables import SummaryRow
-
-        teacher, base = (model_folder(str(model)) for model in (config.teacher.model, config.student.model))
-        targets = {TEACHER: teacher} | ({} if base.resolve() == teacher.resolve() else {BASE: base})
-        targets |= {one.name: Path(one.folder) for one in baselines if one.folder is not None}
-        targets |= {name: summary.export for name, summary in runs.items()}
-        per_row = self._folder / "rows.jsonl"
-        command = [sys.executable, "-m", "raydistill.evaluate"]
-        command += [f"{name}={folder}" for name, folder in targets.items()]
-        command += ["--teacher", str(teacher), "--data", str(test), "--rows", str(config.study.test_rows)]
-        command += ["--per-row", str(per_row), "--json"]
-        if config.evaluation.exact_match != "off":
-            command += ["--exact-match", config.evaluation.exact_match]
-            command += ["--max-new-tokens", str(config.evaluation.max_new_tokens)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise RunError(
-                f"the final evaluation failed with exit code {done.returncode}; its command: {' '.join(command)}"
-            )
-        arm_of = {name: arm for arm in config.study.arms for name in self._names(arm)}
-        rows = [SummaryRow(**row) for row in json.loads(done.stdout)]
-        roles = {name: ROLES[arm] for name, arm in arm_of.items() if arm in ROLES}
-        return [replace(row, role=roles.get(row.name, row.role)) for row in rows], read_row_values(per_row)
 
     def _report(
         self,
@@ -291,23 +227,6 @@ class Study:
         start = time.time()
         yield
         self.seconds[name] = time.time() - start
-
-
-def check_unseen(config: Config, test_path: Path) -> None:
-    """DataError if a row of the final table was trained on or chose something."""
-    from raydistill.data.rows import read_rows
-    from raydistill.data.split import prompt_key
-    from raydistill.evaluate.rows import rows_of_file
-
-    used = [path for path in (config.data.path, config.data.eval_path) if path is not None]
-    known = {prompt_key(row) for path in used for row in read_rows(path, config.data.on_bad_row).rows}
-    chosen = rows_of_file(test_path, config.study.test_rows).rows
-    shared = [row.row_id for row in chosen if prompt_key(row) in known]
-    if shared:
-        raise DataError(
-            f"study.test_path={str(test_path)!r}: {len(shared)} of {len(chosen)} rows have a prompt that is in data.path or "
-            f"data.eval_path, first {shared[0]}; remove them: the table would favour what was trained on them"
-        )
 
 
 def _chosen(one: Baseline) -> str:

@@ -80,7 +80,7 @@ def test_a_study_killed_in_its_second_arm_keeps_the_first_and_goes_on_in_the_sec
     assert [line.name for line in report.lines] == ["teacher", "rtn-int2", "gold-ce", "off-policy"]
     by_name = {line.name: line for line in report.lines}
     assert report.reference == "rtn-int2"
-    assert by_name["off-policy"].kl_test.difference == pytest.approx(
+    assert by_name["off-policy"].tests["kl_nats"].difference == pytest.approx(
         by_name["off-policy"].row.kl_nats - by_name["rtn-int2"].row.kl_nats
     )
     assert by_name["gold-ce"].role == "control"

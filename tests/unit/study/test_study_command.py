@@ -5,7 +5,8 @@ from raydistill.config.load import load_config
 from raydistill.errors import ConfigError
 from raydistill.ptq import overlay
 from raydistill.study.command import COMPARED_ARMS, COMPARED_METHODS, compare_command, compare_config, demo_command
-from raydistill.study.study import Study, check_unseen
+from raydistill.study.material import check_unseen
+from raydistill.study.study import Study
 
 
 @pytest.fixture

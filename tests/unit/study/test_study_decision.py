@@ -1,3 +1,4 @@
+import io
 import math
 
 import numpy as np
@@ -69,18 +70,18 @@ def test_a_single_seed_keeps_its_scores_under_the_arms_name():
 
 def test_everything_but_the_teacher_is_compared_with_the_reference_and_that_with_nothing():
     lines = compare_rows(ROWS, VALUES, "rtn-int2", {}, {"s0": 1}, {"s0": {"rollout": 3.0, "trainer": 4.0}})
-    tests = {line.name: (line.kl_test, line.match_test) for line in lines}
-    assert tests["teacher"] == tests["rtn-int2"] == (None, None)
-    assert tests["s0"][0].difference == (6 - 16) / 8
-    assert tests["s0"][0].p_value == pytest.approx(2 / 16)  # four rows, all the same way
-    assert tests["s0"][1].difference == 0.5
-    assert tests["s0"][1].p_value == 0.5  # McNemar of two rows, both the same way
+    tests = {line.name: line.tests for line in lines}
+    assert tests["teacher"] == tests["rtn-int2"] == {}
+    assert tests["s0"]["kl_nats"].difference == (6 - 16) / 8
+    assert tests["s0"]["kl_nats"].p_value == pytest.approx(2 / 16)  # four rows, all the same way
+    assert tests["s0"]["exact_match"].difference == 0.5
+    assert tests["s0"]["exact_match"].p_value == 0.5  # McNemar of two rows, both the same way
     assert lines[2].cost == 7.0
     assert lines[1].cost is None
 
 
 def test_without_a_reference_nothing_is_compared():
-    assert all(line.kl_test is None for line in compare_rows(ROWS, VALUES, None, {}, {}, {}))
+    assert all(line.tests == {} for line in compare_rows(ROWS, VALUES, None, {}, {}, {}))
 
 
 def test_the_table_says_what_each_line_is_worth_and_why_a_line_is_empty():
@@ -105,11 +106,9 @@ def test_without_exact_match_its_columns_are_left_out_and_json_holds_every_numbe
     rows = [row(one.name, one.role, bare[one.name]) for one in ROWS]
     lines = compare_rows(rows, bare, "rtn-int2", {}, {}, {})
     assert "exact match" not in decision_markdown(lines, "rtn-int2")
-    console = Console(width=200, record=True, quiet=True)
-    console.print(decision_table(lines, "rtn-int2", "Test rows"))
     told = lines[2].to_json()
-    assert told["kl_test"] == {"difference": -1.25, "se": lines[2].kl_test.se, "p_value": lines[2].kl_test.p_value}
-    assert told["exact_match_test"] is None
+    test = lines[2].tests["kl_nats"]
+    assert told["tests"] == {"kl_nats": {"difference": -1.25, "se": test.se, "p_value": test.p_value}}
     assert told["kl_se"] == rows[2].kl_se
 
 
@@ -120,3 +119,23 @@ def test_the_verdict_compares_answers_pair_by_pair_where_they_are_known():
     assert not found.is_real
     stranger = row("other", "ptq", VALUES["rtn-int2"])
     assert compare(ROWS[2], stranger).p_value is None
+
+
+def test_a_narrow_terminal_gets_a_table_that_fits_with_every_name_whole():
+    rows = [*ROWS[:2], row("off-policy", "student", VALUES["s0"])]
+    values = VALUES | {"off-policy": VALUES["s0"]}
+    lines = compare_rows(rows, values, "rtn-int2", {"off-policy": 0.25}, {"off-policy": 3}, {})
+
+    def printed(width, is_narrow):
+        console = Console(width=width, file=io.StringIO())
+        console.print(decision_table(lines, "rtn-int2", is_narrow))
+        return console.file.getvalue()
+
+    narrow = printed(80, True)
+    assert "(p: of no difference to rtn-int2)" in narrow
+    for text in ("off-policy", "75.0 ± 21.7 %", "0.12", "device-s"):
+        assert text in narrow
+    assert "…" not in narrow
+    wide = printed(150, False)
+    assert "off-policy (3 seeds)" in wide
+    assert "…" not in wide

@@ -114,7 +114,9 @@ def test_a_run_costs_what_its_actors_were_busy_times_the_devices_they_hold(input
 def test_the_summary_stands_alone(inputs):
     found = lines(inputs)
     text = summary_text(inputs, found, "rtn-int2", {"verdict": "Ship it.", "next_steps": "Rest."})
-    assert text.startswith("# tiny in int2: plain quantization against distillation\n\nShip it.\n\n| model | size |")
+    assert text.startswith(
+        "# Plain quantization against distillation: tiny in int2\n\nShip it. Rest.\n\n| model | size |"
+    )
     assert f"Not there:\n\n- awq-int2: {NOT_INT2}" in text
     assert "| int2-g32-sym-absmax | 0.30 | ValueError: 2 bits are not supported |" in text
     assert "| int2-g32-asym-absmax | 0.50 | - |" in text
