@@ -45,7 +45,8 @@ class DriverRecords:
         self._progress.stop()
 
     def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
-        self._record.step(outcome.step, metrics)
+        depths = {f"{stage}/queue_depth": float(depth) for stage, depth in self._metrics.queue_depths().items()}
+        self._record.step(outcome.step, metrics | depths)
         self._keeper.remove_the_rest()
         self._metrics.step(outcome.step, metrics)
         note = f"loss {metrics.get('trainer/loss', float('nan')):.4f}"

@@ -20,7 +20,7 @@ class RayMetrics:
     """Gauges of one run; `queue_depths` gives the work handed out and not answered, by stage."""
 
     def __init__(self, run: str, queue_depths: Callable[[], Mapping[str, int]]) -> None:
-        self._run, self._queue_depths = run, queue_depths
+        self._run, self.queue_depths = run, queue_depths
         self._gauges: dict[str, Gauge] = {}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -32,7 +32,7 @@ class RayMetrics:
             for kind in OF_STAGE:
                 if f"{stage}/{kind}" in metrics:
                     self._set(f"raydistill_{kind}", metrics[f"{stage}/{kind}"], f"{kind} of a stage", stage=stage)
-        for stage, depth in self._queue_depths().items():
+        for stage, depth in self.queue_depths().items():
             self._set("raydistill_queue_depth", depth, "calls handed out and not answered", stage=stage)
 
     def sync(self, report: LoadReport) -> None:

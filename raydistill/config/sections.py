@@ -289,6 +289,10 @@ class ResultsSection(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; unset: an SQLite file under run.output")
     experiment: str = Field("raydistill", description="MLflow experiment")
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the run in the results store")
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (),
+        description="where the record goes beside the store; tensorboard: <run>/tensorboard; wandb: Weights & Biases",
+    )
 
 
 class ClusterSection(Section):

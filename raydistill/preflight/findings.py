@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raydistill.config import DataSection
 from raydistill.errors import ResourceError, RunError, UserError
 from raydistill.preflight.storage import check_room
+from raydistill.results.sinks import check_sinks
 from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def findings_of(inputs: RunInputs) -> list[Finding]:
     found = [*model_findings(inputs), memory_finding(plan)]
     found += guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable))])
     found += guarded("ports", lambda: [Finding(check="ports", status="ok", text=check_ports())])
+    found += guarded("results", lambda: [Finding(check="results", status="ok", text=check_sinks(config.results))])
     return found
 
 

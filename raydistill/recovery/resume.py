@@ -25,8 +25,8 @@ from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.recovery.checkpoint import newest_checkpoint, read_description, version_of
 from raydistill.results.record_lines import read_record, start_of
+from raydistill.results.run_folders import LOCK, is_at_work
 
-LOCK = "run.lock"
 MAY_CHANGE = (
     "run.name",
     "run.output",
@@ -189,14 +189,3 @@ def _newest_first(runs: Path) -> list[Path]:
 
 def _is_unfinished(folder: Path) -> bool:
     return last_status(folder) not in (None, "finished")
-
-
-def is_at_work(folder: Path) -> bool:
-    """Whether a process holds the run's folder."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK).acquire(blocking=False):
-            return False
-    except Timeout:
-        return True

@@ -16,8 +16,9 @@ from raydistill.cli import command_parser, console, print_table
 from raydistill.errors import UserError
 from raydistill.recovery.checkpoint import PREFIX, version_of
 from raydistill.recovery.keeper import read_best
-from raydistill.recovery.resume import is_at_work, last_status
+from raydistill.recovery.resume import last_status
 from raydistill.results.record_lines import read_record
+from raydistill.results.run_folders import is_at_work
 from raydistill.results.tables import format_bytes
 
 SUMMARY = """\

@@ -1,34 +1,31 @@
-"""Keeps the results store up to date with a run's record, in a process of its own: training never waits for it.
+"""Keeps the results store up to date with the records of runs, in a process of its own: training never waits for it.
 
-`start_delivery` is what the driver calls; `python -m raydistill.results.deliver runs/NAME` delivers (again) by hand.
+`start_delivery` is what a driver calls; `python -m raydistill.results.deliver runs/NAME` delivers (again) by hand.
 A store that is down is tried again with growing pauses; the record stays, so nothing is lost but time.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from raydistill.results.delivery import Delivery, Store, log, read_state
+from raydistill.results.courier import Courier, Destination, retry_command
+from raydistill.results.delivery import STATE_FILE, Store, log, read_state
 from raydistill.results.provenance import HIDDEN, scrub
-from raydistill.results.record_lines import read_record
+from raydistill.results.record_lines import start_of
+from raydistill.results.run_folders import run_folders
+from raydistill.results.sinks import SINKS, sink_state_file
 from raydistill.results.store import QUIET_ENVIRONMENT, ResultsStore, default_uri
 
-POLL_S = 1.0
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
+__all__ = ["DeliveryHandle", "deliver", "deliver_all", "retry_command", "start_delivery"]
 GIVE_UP_S = 120.0  # how long a store may stay down once no more lines will come
 LOG_FILE = "delivery.log"
 _TERMINATE_S = 5.0
@@ -40,82 +37,109 @@ def deliver(
     experiment: str,
     follow: bool = False,
     *,
+    sinks: Sequence[str] = (),
     writer_gone: threading.Event | None = None,
     open_store: Callable[[], Store] | None = None,
     give_up_s: float = GIVE_UP_S,
 ) -> bool:
-    """Bring the store up to date with the record; True if it is.
+    """Bring the store and the sinks up to date with one run's record; True if they are.
 
     `follow` goes on until the record's `end` line, or until `writer_gone` is set (the driver died: the run is marked
     KILLED). Only one process delivers a run at a time; a second one waits for the first.
     """
-    writer_gone = writer_gone or threading.Event()
-    digest = hashlib.sha256(f"{uri}\n{experiment}".encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "delivered.lock", timeout=2 * give_up_s):
-            delivery = Delivery(folder, digest, open_store or (lambda: ResultsStore(uri, experiment)))
-            return _keep_delivering(delivery, follow, writer_gone, give_up_s)
-    except Timeout:
-        log(f"another process is still delivering {folder}; leaving it to that one")
-        return False
+    destination = Destination(uri=uri, experiment=experiment, sinks=tuple(sinks), artifacts=_artifacts(folder))
+    return Courier(
+        lambda: [folder],
+        lambda _: destination,
+        lambda _: open_store() if open_store else _open(destination),
+        follow=follow,
+        many=False,
+        writer_gone=writer_gone or threading.Event(),
+        give_up_s=give_up_s,
+    ).run()
 
 
-def _keep_delivering(delivery: Delivery, follow: bool, writer_gone: threading.Event, give_up_s: float) -> bool:
-    pause_s, failing_since, problem = FIRST_PAUSE_S, None, None
-    while True:
-        no_more_lines = writer_gone.is_set() or not follow  # asked before reading: lines written since are read below
+def deliver_all(
+    under: Path,
+    uri: str | None = None,
+    follow: bool = False,
+    *,
+    writer_gone: threading.Event | None = None,
+    open_store: Callable[[Destination], Store] | None = None,
+    give_up_s: float = GIVE_UP_S,
+) -> bool:
+    """The same for every run folder in `under` (or in its `runs/`), each to the store that its own record names.
+
+    `uri` is for the records that name none, or that name this one without its password. `follow` also takes up the runs
+    that are still to come, until `writer_gone` is set.
+    """
+    skipped: set[Path] = set()
+
+    def destination_of(folder: Path) -> Destination | None:
         try:
-            has_ended = delivery.advance()
-            if has_ended or not follow:
-                return True
-            if no_more_lines:
-                delivery.mark_killed()
-                return True
-            pause_s, failing_since, problem = FIRST_PAUSE_S, None, None
-            writer_gone.wait(POLL_S)
-        except Exception as error:  # any failure of store, driver or network: the record is safe, try again
-            failing_since = failing_since or time.monotonic()
-            text = delivery.failed(error)
-            if text != problem:
-                log(f"the results store does not answer, trying again: {text}")
-                problem = text
-            if no_more_lines and time.monotonic() - failing_since > give_up_s:
-                log(f"giving up; deliver it later with: {retry_command(delivery.folder)}")
-                return False
-            _pause(min(pause_s, give_up_s), writer_gone)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            return destination_in_record(folder, uri)
+        except ValueError as error:
+            if folder not in skipped:
+                log(f"left out: {error}")
+            skipped.add(folder)
+            return None
+
+    return Courier(
+        lambda: run_folders(under),
+        destination_of,
+        open_store or _open,
+        follow=follow,
+        many=True,
+        writer_gone=writer_gone or threading.Event(),
+        give_up_s=give_up_s,
+    ).run()
 
 
-def _pause(seconds: float, writer_gone: threading.Event) -> None:
-    """Sleep, but not long once the driver waits for us."""
-    if writer_gone.is_set():
-        time.sleep(min(seconds, 5.0))
-    else:
-        writer_gone.wait(seconds)
+def destination_in_record(folder: Path, uri: str | None = None) -> Destination | None:
+    """Where a run's record says that it goes; None where it has no start line yet, ValueError where it cannot be known."""
+    start = start_of(folder)
+    if start is None:
+        return None
+    chosen = start.get("config", {}).get("results", {})
+    named = chosen.get("uri")
+    if named is None or named == scrub(uri):
+        named = uri or default_uri(folder.parent.parent)
+    if HIDDEN in named:
+        raise ValueError(
+            f"the record of {folder} does not keep the password of {named}; give the whole address with --uri"
+        )
+    experiment = chosen.get("experiment") or "raydistill"
+    sinks = tuple(chosen.get("sinks") or ())
+    return Destination(uri=named, experiment=experiment, sinks=sinks, artifacts=_artifacts(folder))
 
 
-def retry_command(folder: Path) -> str:
-    """What a user types to deliver a record later."""
-    return f"python -m raydistill.results.deliver {folder}"
+def _artifacts(folder: Path) -> Path:
+    """Beside `runs/`: without a place of its own, MLflow would write into whatever folder the driver was started in."""
+    return folder.absolute().parent.parent / "artifacts"
+
+
+def _open(destination: Destination) -> Store:
+    return ResultsStore(destination.uri, destination.experiment, destination.artifacts)
 
 
 @dataclass(slots=True)
 class DeliveryHandle:
-    """The running delivery process of one run."""
+    """The running delivery process of one run, or of all runs in a folder."""
 
     folder: Path
     process: subprocess.Popen[str]
 
     @property
     def problem(self) -> str | None:
-        """Why the store is behind, one line; None while all is well."""
-        return read_state(self.folder).problem
+        """Why the store (or a sink) is behind, one line; None while all is well."""
+        files = [STATE_FILE, *(sink_state_file(name) for name in SINKS)]
+        states = [read_state(folder, file) for folder in (self.folder, *run_folders(self.folder)) for file in files]
+        return next((state.problem for state in states if state.problem), None)
 
     def finish(self, timeout_s: float = 60.0) -> bool:
-        """Say that the record is complete, wait for the rest to be delivered; False if it was not in time.
+        """Say that the records are complete, wait for the rest to be delivered; False if it was not in time.
 
-        After False the record is still whole: `retry_command(folder)` delivers what is missing.
+        After False the records are still whole: `retry_command(folder)` delivers what is missing.
         """
         if self.process.stdin and not self.process.stdin.closed:
             with suppress(OSError):  # it has ended already
@@ -132,18 +156,23 @@ class DeliveryHandle:
             return False
 
 
-def start_delivery(folder: Path, uri: str, experiment: str) -> DeliveryHandle:
+def start_delivery(
+    folder: Path, uri: str, experiment: str, sinks: Sequence[str] = (), under: bool = False
+) -> DeliveryHandle:
     """Start the process that follows this run's record; it ends by itself when the driver ends or dies.
 
-    The URI goes through the pipe and not on the command line, where every user of the machine could read a password.
+    With `under` it follows every run in `folder` (or in its `runs/`) as they appear: one process, and one import of mlflow,
+    for all trials of a sweep; experiment and sinks are then those that each run's record names. The URI goes through the pipe
+    and not on the command line, where every user of the machine could read a password.
     """
     folder.mkdir(parents=True, exist_ok=True)
     packages = str(Path(__file__).resolve().parents[2])
     paths = [packages, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | QUIET_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
+    what = ["--under", str(folder)] if under else [str(folder)]
     with (folder / LOG_FILE).open("a") as log_file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "raydistill.results.deliver", str(folder), "--from-driver"],
+            [sys.executable, "-m", "raydistill.results.deliver", *what, "--from-driver"],
             stdin=subprocess.PIPE,
             stdout=log_file,
             stderr=subprocess.STDOUT,
@@ -152,7 +181,8 @@ def start_delivery(folder: Path, uri: str, experiment: str) -> DeliveryHandle:
             start_new_session=True,  # Ctrl-C reaches the driver only; this one sees its pipe close
         )
     assert process.stdin is not None
-    process.stdin.write(json.dumps({"uri": uri, "experiment": experiment}) + "\n")
+    told = Destination(uri=uri, experiment=experiment, sinks=tuple(sinks))
+    process.stdin.write(json.dumps(asdict(told)) + "\n")
     process.stdin.flush()
     return DeliveryHandle(folder, process)
 
@@ -163,38 +193,53 @@ def _watch_pipe(writer_gone: threading.Event) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Deliver one run's record from the command line; exit code 0 if the store has all of it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m raydistill.results.deliver",
-        description="Fill the results store from a run's record. Doing it again is harmless: nothing is stored twice.",
-    )
-    parser.add_argument("folder", type=Path, help="the run's folder, which holds record.jsonl: outputs/runs/NAME")
-    parser.add_argument("--uri", help="MLflow tracking URI; default: the one of the run")
-    parser.add_argument("--experiment", help="MLflow experiment; default: the one of the run")
-    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
-    parser.add_argument("--from-driver", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    folder: Path = arguments.folder.absolute()
-    uri, experiment, writer_gone = arguments.uri, arguments.experiment, threading.Event()
+    """Deliver records from the command line; exit code 0 if the store has all of it."""
+    arguments = _parser().parse_args(argv)
+    if (arguments.folder is None) == (arguments.under is None):
+        print("give the folder of a run (outputs/runs/NAME), or --under and a folder of many", file=sys.stderr)
+        return 2
+    folder: Path = (arguments.under or arguments.folder).absolute()
+    writer_gone, follow = threading.Event(), arguments.follow or arguments.from_driver
     if arguments.from_driver:
         os.nice(5)  # training comes first
-        told = json.loads(sys.stdin.readline())
-        uri, experiment = told["uri"], told["experiment"]
+        to = Destination(**json.loads(sys.stdin.readline()))
         threading.Thread(target=_watch_pipe, args=(writer_gone,), daemon=True).start()
-    else:
-        start = next(read_record(folder), None)
-        if start is None:
+    elif not arguments.under:
+        try:
+            found = destination_in_record(folder, arguments.uri)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        if found is None:
             print(f"{folder} holds no record.jsonl; give the folder of a run: outputs/runs/NAME", file=sys.stderr)
             return 2
-        chosen = start.get("config", {}).get("results", {})
-        uri = uri or chosen.get("uri") or default_uri(folder.parent.parent)
-        experiment = experiment or chosen.get("experiment") or "raydistill"
-        if HIDDEN in uri:
-            print(f"the record does not keep the password of {uri}; give the whole address with --uri", file=sys.stderr)
-            return 2
-    done = deliver(folder, uri, experiment, arguments.follow or arguments.from_driver, writer_gone=writer_gone)
-    log(f"{'delivered' if done else 'not delivered'}: {folder.name} -> {scrub(uri)}")
+        uri, experiment = arguments.uri or found.uri, arguments.experiment or found.experiment
+        to = Destination(uri=uri, experiment=experiment, sinks=found.sinks)
+    if arguments.under:
+        done = deliver_all(folder, to.uri if arguments.from_driver else arguments.uri, follow, writer_gone=writer_gone)
+    else:
+        done = deliver(folder, to.uri, to.experiment, follow, sinks=to.sinks, writer_gone=writer_gone)
+    log(f"{'delivered' if done else 'not delivered'}: {folder.name}")
     return 0 if done else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m raydistill.results.deliver",
+        description="Fill the results store (and results.sinks) from the records of runs. Doing it again is harmless: "
+        "nothing is stored twice.",
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="the run's folder, which holds record.jsonl: outputs/runs/NAME"
+    )
+    parser.add_argument(
+        "--under", type=Path, metavar="FOLDER", help="every run in FOLDER (or in its runs/), each to its own store"
+    )
+    parser.add_argument("--uri", help="MLflow tracking URI; default: the one of the run")
+    parser.add_argument("--experiment", help="MLflow experiment; default: the one of the run")
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends; with --under until Ctrl-C")
+    parser.add_argument("--from-driver", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Reads `record.jsonl` from where it stopped (`delivered.json`), writes in batches, and says in `delivered.json` how far
 it came. A point is delivered neither twice (the store keeps equal points once) nor lost (the place moves on only
 after the store took everything before it). If a resumed run cut back lines that were already delivered, the old
-MLflow run is hidden and a new one is filled from the record. Retrying is the caller's work (`deliver.py`).
+MLflow run is hidden and a new one is filled from the record. A run that belongs to another one is put below it as soon
+as the store has that one. Retrying is the caller's work (`courier.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import BinaryIO, Protocol
 
 from raydistill.results.provenance import scrub
 from raydistill.results.record_lines import RECORD_FILE, Line, decode_line
+from raydistill.results.runs import RUN_TAG
 from raydistill.results.store import MAX_POINTS
 from raydistill.results.translate import Parcel
 
@@ -27,9 +29,10 @@ STATE_FILE = "delivered.json"
 
 
 class Store(Protocol):
-    """What a delivery needs of a results store."""
+    """What a delivery needs of a results store, or of a sink."""
 
     def open_run(self, record_id: str, name: str, start_ms: int) -> str: ...
+    def link(self, run_id: str, parent: str) -> bool: ...
     def has_run(self, run_id: str) -> bool: ...
     def delete_run(self, run_id: str) -> None: ...
     def refuses(self, error: Exception) -> bool: ...
@@ -46,20 +49,23 @@ class State:
     prefix_sha256: str = hashlib.sha256().hexdigest()  # of the bytes before `offset`: tells a cut record
     num_points: int = 0
     num_warnings: int = 0
+    waits_for: str | None = None  # record id of the run that this one belongs to, until the store has it
     problem: str | None = None
 
 
 class Delivery:
     """One record on its way to one store."""
 
-    def __init__(self, folder: Path, store_digest: str, open_store: Callable[[], Store]) -> None:
+    def __init__(
+        self, folder: Path, store_digest: str, open_store: Callable[[], Store], state_file: str = STATE_FILE
+    ) -> None:
         self.folder = folder
-        self._open_store = open_store
+        self._open_store, self._state_file = open_store, state_file
         self._store: Store | None = None
         self._inode: int | None = None
         self._hash = hashlib.sha256()
         self._has_ended = False
-        self.state = read_state(folder)
+        self.state = read_state(folder, state_file)
         if self.state.store != store_digest:
             self.state = State(store=store_digest)
 
@@ -86,6 +92,9 @@ class Delivery:
                     lines, raw_size, num_points = [], 0, 0
             if lines:
                 self._put(store, lines, raw_size)
+        if self.state.waits_for and self.state.run_id and store.link(self.state.run_id, self.state.waits_for):
+            self.state.waits_for = None
+            self._save(problem=None)
         if self.state.problem:
             self._save(problem=None)
         self._has_ended = has_ended or (self._has_ended and raw_size == 0)
@@ -147,6 +156,7 @@ class Delivery:
             self._put_one_by_one(store, lines, end_ms)
         self.state.num_points += len(parcel.points)
         self.state.num_warnings += parcel.num_warnings
+        self.state.waits_for = parcel.parent or self.state.waits_for
         self.state.offset += raw_size
         self.state.prefix_sha256 = self._hash.hexdigest()
         self._save(problem=None)
@@ -168,21 +178,23 @@ class Delivery:
             parcel.add(line)
         if parcel.num_warnings:
             parcel.tags["num_warnings"] = str(self.state.num_warnings + parcel.num_warnings)
+        if lines[0]["kind"] == "start":
+            parcel.tags[RUN_TAG] = str(self.folder)
         if lines[-1]["kind"] == "end":
             parcel.files["record"] = self.folder / RECORD_FILE
         return parcel
 
     def _save(self, problem: str | None) -> None:
         self.state.problem = problem
-        temporary = self.folder / (STATE_FILE + ".new")
+        temporary = self.folder / (self._state_file + ".new")
         temporary.write_text(json.dumps(asdict(self.state), indent=1))
-        os.replace(temporary, self.folder / STATE_FILE)
+        os.replace(temporary, self.folder / self._state_file)
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path, state_file: str = STATE_FILE) -> State:
     """How far a record was delivered; a fresh state where nothing was."""
     try:
-        return State(**json.loads((folder / STATE_FILE).read_text()))
+        return State(**json.loads((folder / state_file).read_text()))
     except (OSError, ValueError, TypeError):  # absent, torn or of another version: delivering again is harmless
         return State()
 

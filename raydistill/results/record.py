@@ -4,7 +4,8 @@ One JSON object per line, always with `kind` and `time_s` (seconds since the epo
 returns. A line counts only with its newline, so a line torn by a crash is as if it was never written. The store
 (MLflow) is filled from this file by another process and can always be filled again.
 
-Order: `start` once; then `step`, `spans`, `evaluation`, `sync`, `warning`, `table`, `artifact` in any order; `end`.
+Order: `start` once; then `step`, `spans`, `evaluation`, `samples`, `sync`, `warning`, `table`, `artifact` in any order;
+`end`.
 A resumed run opens the same folder and calls `cut_back(step)` with the first step it will do again.
 """
 
@@ -49,6 +50,7 @@ class RunRecord:
             self._file = open_after_last_line(self.path)
         self._steps: set[int] = set()
         self._evaluated: set[int] = set()
+        self._sampled: set[int] = set()
         self._started = False
         for line in read_record(folder):
             self._remember(line)
@@ -72,12 +74,16 @@ class RunRecord:
         seed: int,
         data_fingerprint: str | None = None,
         held_out_fingerprint: str | None = None,
+        parent: str | None = None,
     ) -> None:
-        """What this run is, written once; `provenance` comes from `provenance.collect()`. Secrets are removed."""
+        """What this run is, written once; `provenance` comes from `provenance.collect()`. Secrets are removed.
+
+        `parent` is the `record_id` of the record that this run belongs to, such as its sweep's.
+        """
         assert not self._started, f"{self.path} already has its start line; a resumed run calls cut_back"
         facts = {"config": scrub(dict(config)), "provenance": scrub(dict(provenance))}
         prints = {"data_fingerprint": data_fingerprint, "held_out_fingerprint": held_out_fingerprint}
-        self._append("start", name=name, record_id=uuid.uuid4().hex, seed=seed, **prints, **facts)
+        self._append("start", name=name, record_id=uuid.uuid4().hex, parent=parent, seed=seed, **prints, **facts)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of one optimizer step; each step once."""
@@ -94,6 +100,16 @@ class RunRecord:
         if report.version in self._evaluated:
             return False
         self._append("evaluation", **asdict(report))
+        return True
+
+    def samples(self, version: int, rows: Sequence[Mapping[str, str]]) -> bool:
+        """What a version writes, beside the reference and the teacher: `{row_id, prompt, reference, teacher, student}`.
+
+        As with evaluations, a version that is already recorded is left as it is (False).
+        """
+        if version in self._sampled:
+            return False
+        self._append("samples", version=version, rows=[dict(row) for row in rows])
         return True
 
     def sync(self, report: LoadReport) -> None:
@@ -121,8 +137,8 @@ class RunRecord:
     def cut_back(self, step: int) -> None:
         """Forget everything that a run resumed at `step` does again; atomic: a crash leaves the old or the new file.
 
-        Kept: steps and spans below `step`, evaluations of versions up to `step`, syncs of versions below it
-        (the resumed run loads version `step` anew), warnings, artifacts, and the start.
+        Kept: steps and spans below `step`, evaluations and samples of versions up to `step`, syncs of versions below
+        it (the resumed run loads version `step` anew), warnings, artifacts, and the start.
         """
         with self._lock, _disk_errors(self.path):
             self._file.close()
@@ -135,7 +151,7 @@ class RunRecord:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
             self._file = open_after_last_line(self.path)
-            self._steps, self._evaluated, self._started = set(), set(), False
+            self._steps, self._evaluated, self._sampled, self._started = set(), set(), set(), False
             for line in kept:
                 self._remember(line)
 
@@ -163,6 +179,8 @@ class RunRecord:
             self._steps.add(line["step"])
         elif line["kind"] == "evaluation":
             self._evaluated.add(line["version"])
+        elif line["kind"] == "samples":
+            self._sampled.add(line["version"])
 
 
 @contextmanager

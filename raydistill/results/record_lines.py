@@ -107,7 +107,7 @@ def cut_line(line: Line, step: int) -> Line | None:
         return line if line["step"] < step else None
     if kind == "sync":
         return line if line["version"] < step else None
-    if kind == "evaluation":
+    if kind in ("evaluation", "samples"):
         return line if line["version"] <= step else None
     if kind == "spans":
         kept = [span for span in line["spans"] if span["step"] < step]

@@ -26,10 +26,13 @@ def recorded(
     data_fingerprint: str | None = None,
     held_out_fingerprint: str | None = None,
     resume_at: int = 0,
+    parent: str | None = None,
+    delivers: bool = True,
 ) -> Iterator[RunRecord]:
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
-    A record that is there already is cut back to step `resume_at` and goes on.
+    A record that is there already is cut back to step `resume_at` and goes on. `parent` is the record id of the run that this
+    one belongs to. With `delivers` false somebody else delivers it (`start_delivery(..., under=True)`).
     A store that does not answer delays delivery and nothing else: one warning says how to deliver later.
     """
     record = RunRecord(folder)
@@ -44,9 +47,11 @@ def recorded(
             seed=config.run.seed,
             data_fingerprint=data_fingerprint,
             held_out_fingerprint=held_out_fingerprint,
+            parent=parent,
         )
     uri = config.results.uri or default_uri(config.run.output.absolute())
-    delivery = start_delivery(folder, uri, config.results.experiment)
+    chosen = config.results
+    delivery = start_delivery(folder, uri, chosen.experiment, chosen.sinks) if delivers else None
     try:
         yield record
         record.end("finished")
@@ -58,7 +63,7 @@ def recorded(
         raise
     finally:
         record.close()
-        if not delivery.finish():
+        if delivery is not None and not delivery.finish():
             console.print(
                 f"warning: the results store is behind ({delivery.problem}); deliver later with `{retry_command(folder)}`",
                 style="yellow",

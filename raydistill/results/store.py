@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 SQLITE = "sqlite:///"
 RECORD_ID_TAG = "raydistill.record_id"
+PARENT_TAG = "mlflow.parentRunId"
 MAX_POINTS = 1000  # MLflow's limits of one log_batch
 MAX_PARAMS = 100
 _LOCK_TIMEOUT_S = 180  # a first opening takes seconds (migrations), more when many wait on a busy machine
@@ -48,20 +49,28 @@ def sqlite_path(uri: str) -> Path | None:
 class ResultsStore:
     """One open store and one experiment in it."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
+        """`artifacts` is where a new experiment of a plain database keeps its files; a tracking server has its own place."""
         self.client = open_client(uri)
         with _opening_lock(uri):
-            self.experiment_id = self._find_or_create_experiment(uri, experiment)
+            self.experiment_id = self._find_or_create_experiment(uri, experiment, artifacts)
 
     def open_run(self, record_id: str, name: str, start_ms: int) -> str:
         """The id of the run that holds this record; created where there is none."""
-        found = self.client.search_runs([self.experiment_id], f"tags.`{RECORD_ID_TAG}` = '{record_id}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
+        found = self._run_of(record_id)
+        if found is not None:
+            return found
         tags = {RECORD_ID_TAG: record_id, "mlflow.user": "raydistill", "mlflow.source.name": "raydistill"}
         return str(
             self.client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name).info.run_id
         )
+
+    def link(self, run_id: str, parent: str) -> bool:
+        """Put a run below the one that holds the record `parent`; False where that one is not there yet."""
+        found = self._run_of(parent)
+        if found is not None:
+            self.client.set_tag(run_id, PARENT_TAG, found)
+        return found is not None
 
     def has_run(self, run_id: str) -> bool:
         """True if the run is in this store, in this experiment and not deleted."""
@@ -103,21 +112,26 @@ class ResultsStore:
         elif parcel.status:
             self.client.set_terminated(run_id, status=parcel.status, end_time=end_ms)
 
+    def _run_of(self, record_id: str) -> str | None:
+        found = self.client.search_runs([self.experiment_id], f"tags.`{RECORD_ID_TAG}` = '{record_id}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
     def _put_points(self, run_id: str, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
         metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
         self.client.log_batch(run_id, metrics=metrics)
 
-    def _find_or_create_experiment(self, uri: str, name: str) -> str:
+    def _find_or_create_experiment(self, uri: str, name: str, artifacts: Path | None) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
         if found is None:
             database = sqlite_path(uri)
-            folder = str(database.absolute().parent / "artifacts") if database else None
+            folder = database.absolute().parent / "artifacts" if database else artifacts
+            place = None if folder is None or uri.startswith("http") else str(folder)
             try:
-                return str(self.client.create_experiment(name, artifact_location=folder))
+                return str(self.client.create_experiment(name, artifact_location=place))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

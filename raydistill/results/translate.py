@@ -37,6 +37,7 @@ class Parcel:
     files: dict[str, Path] = field(default_factory=dict)  # artifact name -> file here
     status: str | None = None
     num_warnings: int = 0
+    parent: str | None = None  # record id of the run that this one belongs to
 
     def add(self, line: Line) -> None:
         """Merge one line; an unknown kind is left out, so an older deliverer reads a newer record."""
@@ -48,6 +49,8 @@ class Parcel:
             self._add_points(line["metrics"], line["step"], time_ms)
         elif kind == "evaluation":
             self._add_points(line["metrics"], line["version"], time_ms)
+        elif kind == "samples":
+            self.texts[f"samples/version-{line['version']:06d}.json"] = json.dumps(line["rows"], indent=1)
         elif kind == "sync":
             numbers = {f"sync/{line['actor']}/{key}": line.get(key) for key in _SYNC_NUMBERS}
             self._add_points(numbers, line["version"], time_ms)
@@ -73,6 +76,7 @@ class Parcel:
         self.tags |= {clean_key(key): text for key, text in flatten(line["provenance"]).items() if text}
         self.tags |= {str(k): str(v) for k, v in (line["config"].get("results", {}).get("tags") or {}).items()}
         self.tags["seed"] = str(line["seed"])
+        self.parent = line.get("parent")
         if line.get("data_fingerprint"):
             self.tags["data_fingerprint"] = line["data_fingerprint"]
         git = line["provenance"].get("git")
@@ -90,18 +94,26 @@ class Parcel:
             self.files[name] = path
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
     """`{"trainer": {"zero_stage": 2}}` becomes `{"trainer.zero_stage": "2"}`; empty sections and None stay readable."""
-    flat: dict[str, str] = {}
+    return {key: _as_text(value) for key, value in leaves(tree).items()}
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"trainer": {"zero_stage": 2}}` becomes `{"trainer.zero_stage": 2}`; an empty section is a leaf."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value is None:
-            flat[f"{prefix}{key}"] = ""
+            flat |= leaves(value, f"{prefix}{key}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            flat[f"{prefix}{key}"] = text[:MAX_PARAM_CHARACTERS]
+            flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return (value if isinstance(value, str) else json.dumps(value))[:MAX_PARAM_CHARACTERS]
 
 
 def clean_key(key: str) -> str:
