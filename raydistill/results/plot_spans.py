@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.messages import Span
-from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, save_figure, stage_legend
+from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, paper, save_figure, stage_legend
 from raydistill.results.timeline import WAIT, bottleneck, overlap_seconds, wall_seconds
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def plot_spans(all_spans: Sequence[Span], path: Path) -> Path:
     if spans:
         overlap, wall = overlap_seconds(all_spans, "rollout", "trainer"), wall_seconds(all_spans)
         text = f"whole run: rollout and trainer busy at once for {overlap:.1f} of {wall:.1f} s\n{bottleneck(all_spans)}"
-        figure.text(0.012, 0.02, text, fontsize=9.5, va="bottom")
+        figure.text(0.012, 0.02, text, fontsize=9.5, va="bottom", color=paper().ink)
         return save_figure(figure, path, bottom=0.11)
     return save_figure(figure, path)
 
@@ -59,7 +59,7 @@ def _middle_steps(spans: Sequence[Span]) -> tuple[list[Span], str]:
 def _draw_bars(axes: Axes, spans: Sequence[Span], actors: Sequence[str], begin: float, length: float) -> None:
     for span in spans:
         row = actors.index(span.actor)
-        hatched: dict[str, Any] = WAIT_HATCH if span.stage == WAIT else {"edgecolor": "white"}
+        hatched: dict[str, Any] = WAIT_HATCH if span.stage == WAIT else {"edgecolor": paper().ground}
         axes.barh(
             row,
             span.seconds,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill.messages import Span
 from raydistill.results.plot_labels import place_labels
 from raydistill.results.plot_spans import plot_spans
-from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, save_figure, stage_legend
+from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, paper, save_figure, stage_legend
 from raydistill.results.record_lines import spans_of
 from raydistill.results.tables import SummaryRow, format_bytes
 from raydistill.results.timeline import WAIT, stage_seconds_per_step
@@ -28,7 +28,7 @@ _ROLE_STYLE = {  # colour, marker, size
     "student": ("#D55E00", "*", 220),
     "ptq": ("#0072B2", "o", 60),
     "control": ("#999999", "s", 50),
-    "teacher": ("#000000", "D", 60),
+    "teacher": ("#767676", "D", 60),
 }
 _OUTLIER = 1.6  # times the usual step: longer bars are cut
 _ROLE_NAMES = {
@@ -53,7 +53,7 @@ def plot_bytes_kl(rows: Sequence[SummaryRow], path: Path) -> Path:
             marker=marker,
             s=size,
             label=_ROLE_NAMES[role],
-            edgecolors="white",
+            edgecolors=paper().ground,
             linewidths=0.8,
             zorder=3,
         )
@@ -83,9 +83,9 @@ def plot_training(record: Iterable[Mapping[str, Any]], path: Path) -> Path:
     train_kl, held_out = _series(steps, "step", "trainer/kl_nats"), _series(evaluations, "version", "evaluate/kl_nats")
     match = _series(evaluations, "version", "evaluate/exact_match")
     for (x, y), label, style in (
-        (loss, "loss (training)", {"color": "#999999", "lw": 1.0}),
-        (train_kl, "KL (training)", {"color": "#0072B2", "lw": 1.2}),
-        (held_out, "KL (held out)", {"color": "#0072B2", "marker": "o", "ls": "--"}),
+        (loss, "loss (training)", {"color": paper().faint, "lw": 1.0}),
+        (train_kl, "KL (training)", {"color": paper().lines[0], "lw": 1.2}),
+        (held_out, "KL (held out)", {"color": paper().lines[0], "marker": "o", "ls": "--"}),
     ):
         if x:
             quality.plot(x, y, label=label, **style)
@@ -96,7 +96,7 @@ def plot_training(record: Iterable[Mapping[str, Any]], path: Path) -> Path:
     quality.set_title("Loss, KL to the teacher and exact match", loc="left")
     if match[0]:
         right = quality.twinx()
-        right.plot(*match, color="#D55E00", marker="s", label="exact match (held out, right)")
+        right.plot(*match, color=paper().lines[1], marker="s", label="exact match (held out, right)")
         right.set_ylim(0, 1.02)
         right.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         right.set_ylabel("exact match")
@@ -166,4 +166,4 @@ def _teacher_note(rows: Sequence[SummaryRow]) -> str:
 
 def _note(axes: Axes, text: str) -> None:
     if text:
-        axes.text(0.01, 0.02, text, transform=axes.transAxes, fontsize=10, color="#444444")
+        axes.text(0.01, 0.02, text, transform=axes.transAxes, fontsize=10, color=paper().faint)

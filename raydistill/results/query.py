@@ -1,30 +1,26 @@
-"""Reads the results store: runs with their last metrics, best first, and two of them side by side."""
+"""Reads the results store: runs with their last metrics, best first, and one of them by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from raydistill.errors import UserError
+from raydistill.results.names import Names
 from raydistill.results.provenance import scrub
-from raydistill.results.store import RECORD_ID_TAG, open_client, sqlite_path
+from raydistill.results.runs import RUN_TAG, RunRow, typed_setting
+from raydistill.results.store import PARENT_TAG, RECORD_ID_TAG, open_client, sqlite_path
 
 DEFAULT_SORT = "evaluate/kl_nats"
 _HIGHER_IS_BETTER = ("exact_match", "accuracy", "per_s", "recovered")
 _PAGE = 500
 
 
-def list_runs(
-    uri: str, experiment: str | None = None, sort: str = DEFAULT_SORT, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """Runs with their last metrics, best first by `sort`; runs without that metric come last, newest first."""
-    database = sqlite_path(uri)
-    if database and not database.exists():
-        raise UserError(
-            f"there are no results at {database} yet; name the folder of your runs with --output, or start one with "
-            "`raydistill demo`"
-        )
+def list_runs(uri: str, experiment: str | None = None) -> list[RunRow]:
+    """All runs of a store (of one experiment) with their last metrics."""
+    require_store(uri)
     client = open_client(uri)
     experiments = list(client.search_experiments())
     if experiment is not None:
@@ -33,27 +29,50 @@ def list_runs(
         if not experiments:
             raise UserError(f"no experiment {experiment!r} at {scrub(uri)}; there are: {', '.join(names)}")
     ids = [one.experiment_id for one in experiments]
-    runs: list[dict[str, Any]] = []
+    found: list[Any] = []
     page: str | None = None
     while ids:
-        found = client.search_runs(ids, max_results=_PAGE, page_token=page)
-        runs += [_row(run) for run in found]
-        page = found.token
+        some = client.search_runs(ids, max_results=_PAGE, page_token=page)
+        found += some
+        page = some.token
         if not page:
             break
-    return sort_runs(runs, sort)[:limit]
+    run_names = {run.info.run_id: run.info.run_name for run in found}
+    return [_row(run, run_names) for run in found]
 
 
-def sort_runs(runs: Sequence[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
-    """Best first; what is best follows from the metric's name (exact match up, KL down)."""
-    known = {key for run in runs for key in run["metrics"]}
-    if runs and sort not in known and sort != DEFAULT_SORT:
-        raise UserError(f"no run has the metric {sort!r}; there are: {', '.join(sorted(known))}")
-    sign = -1.0 if higher_is_better(sort) else 1.0
+def require_store(uri: str) -> None:
+    """UserError if this is a database file that does not exist: reading must not create it."""
+    database = sqlite_path(uri)
+    if database and not database.exists():
+        raise UserError(
+            f"there are no results at {database} yet; name the folder of your runs with --output, or start one with "
+            "`raydistill demo`"
+        )
 
-    def place(run: dict[str, Any]) -> tuple[float, float]:
-        value = run["metrics"].get(sort, math.nan)
-        return (math.inf if math.isnan(value) else sign * value, -(run["started_s"] or 0.0))
+
+def sort_runs(runs: Sequence[RunRow], sort: str) -> list[RunRow]:
+    """Best first; what is best follows from the metric's name (exact match up, KL down). Dates: newest first.
+
+    Runs without the value come last, newest first.
+    """
+    if not runs:
+        return []
+    names = Names(runs)
+    if sort == DEFAULT_SORT and sort not in names.metrics:
+        return sorted(runs, key=_age)
+    field = names.find(sort)
+    if field.kind == "fact" and field.key == "started":
+        return sorted(runs, key=_age)
+    sign = -1.0 if field.kind == "metric" and higher_is_better(field.key) else 1.0
+
+    def place(run: RunRow) -> tuple[int, float, str, float]:
+        value = field.of(run)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return (2, 0.0, "", _age(run))
+        if isinstance(value, (int, float)):
+            return (0, sign * value, "", _age(run))
+        return (1, 0.0, str(value), _age(run))
 
     return sorted(runs, key=place)
 
@@ -63,43 +82,35 @@ def higher_is_better(metric: str) -> bool:
     return metric.endswith(_HIGHER_IS_BETTER)
 
 
-def compare_runs(uri: str, first: str, second: str, experiment: str | None = None) -> dict[str, Any]:
-    """Two runs by name or id (a unique beginning of it is enough): settings that differ, metrics side by side."""
-    runs = list_runs(uri, experiment)
-    return compare(_find(runs, first), _find(runs, second))
-
-
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that differ and all metrics, each as (first, second); None where a run lacks one."""
-
-    def pairs(part: str) -> dict[str, tuple[Any, Any]]:
-        keys = sorted(set(first[part]) | set(second[part]))
-        return {key: (first[part].get(key), second[part].get(key)) for key in keys}
-
-    settings = {key: pair for key, pair in pairs("params").items() if pair[0] != pair[1]}
-    return {"runs": (first["name"], second["name"]), "settings": settings, "metrics": pairs("metrics")}
-
-
-def _row(run: Any) -> dict[str, Any]:
-    info, data = run.info, run.data
-    tags = {key: value for key, value in data.tags.items() if not key.startswith("mlflow.") and key != RECORD_ID_TAG}
-    return {
-        "name": info.run_name,
-        "id": info.run_id,
-        "status": info.status.lower(),
-        "started_s": info.start_time / 1000 if info.start_time else None,
-        "seconds": (info.end_time - info.start_time) / 1000 if info.end_time and info.start_time else None,
-        "metrics": dict(data.metrics),
-        "params": dict(data.params),
-        "tags": tags,
-    }
-
-
-def _find(runs: Sequence[dict[str, Any]], wanted: str) -> dict[str, Any]:
-    found = [run for run in runs if run["name"] == wanted] or [run for run in runs if run["id"].startswith(wanted)]
+def find_run(runs: Sequence[RunRow], wanted: str) -> RunRow:
+    """A run by name or by the beginning of its id; UserError with the ids where several have the name."""
+    found = [run for run in runs if run.name == wanted] or [run for run in runs if run.id.startswith(wanted)]
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{len(found)} runs are called {wanted!r}; give an id: {', '.join(run['id'] for run in found)}")
-    names = ", ".join(sorted(run["name"] for run in runs)) or "none"
+        ids = ", ".join(f"{run.id} ({run.started}, {run.status})" for run in found)
+        raise UserError(f"{len(found)} runs are called {wanted!r}; give an id: {ids}")
+    names = ", ".join(sorted({run.name for run in runs})) or "none"
     raise UserError(f"no run is called {wanted!r}; there are: {names}")
+
+
+def _age(run: RunRow) -> float:
+    return -(run.started_s or 0.0)
+
+
+def _row(run: Any, run_names: Mapping[str, str]) -> RunRow:
+    info, data = run.info, run.data
+    kept = {key: text for key, text in data.tags.items() if not key.startswith("mlflow.") and key != RECORD_ID_TAG}
+    return RunRow(
+        name=info.run_name,
+        id=info.run_id,
+        record_id=data.tags.get(RECORD_ID_TAG, ""),
+        status=info.status.lower(),
+        started_s=info.start_time / 1000 if info.start_time else None,
+        seconds=(info.end_time - info.start_time) / 1000 if info.end_time and info.start_time else None,
+        parent=run_names.get(data.tags.get(PARENT_TAG, "")),
+        settings={name: typed_setting(name, text) for name, text in data.params.items()},
+        metrics=dict(data.metrics),
+        tags=kept,
+        folder=Path(kept[RUN_TAG]) if RUN_TAG in kept else None,
+    )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Role = Literal["teacher", "ptq", "student", "control"]
+_MOST_PLACES = 7
 _COLUMNS = ("model", "role", "exact match", "KL (nats/token)", "perplexity", "size")
 
 
@@ -80,6 +81,30 @@ def format_kl(nats: float) -> str:
     if not math.isfinite(nats) or nats < 1e-5:
         return f"{nats:.1e}"
     return f"{nats:.{max(0, 1 - math.floor(math.log10(nats)))}f}"
+
+
+def with_error(value: float, se: float | None) -> str:
+    """A value with its standard error, both to the same place: `0.9883 ± 0.0067`; to four digits where there is none."""
+    if se is None or not (math.isfinite(se) and se > 0 and math.isfinite(value)):
+        return f"{value:.4g}"
+    places = 1 - math.floor(math.log10(se))  # two digits of the error
+    if places > _MOST_PLACES:
+        return f"{value:.4g} ± {se:.2g}"
+    return f"{value:.{max(places, 0)}f} ± {se:.{max(places, 0)}f}"
+
+
+def comparison_columns(rows: Sequence[SummaryRow]) -> list[str]:
+    """The columns of the comparison, with the extra ones of these rows."""
+    return [*_COLUMNS, *_extra_names(rows)]
+
+
+def comparison_cells(row: SummaryRow, rows: Sequence[SummaryRow]) -> list[tuple[str, float | None]]:
+    """One row as (text, number to sort by) for each column of `rows`."""
+    extras = _extra_names(rows)
+    numbers: list[Any] = [None, None, row.exact_match, row.kl_nats, row.perplexity, row.bytes]
+    numbers += [row.extras.get(name) for name in extras]
+    kept = [float(number) if isinstance(number, (int, float)) else None for number in numbers]
+    return list(zip(_cells(row, extras), kept, strict=True))
 
 
 def _cells(row: SummaryRow, extras: Sequence[str]) -> list[str]:
