@@ -18,7 +18,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("raydistill.serving.serve", "serve_command", "an OpenAI-compatible server of a folder, by vLLM"),
     "chat": ("raydistill.serving.chat", "chat_command", "talk to a folder's model in the terminal"),
     "bench": ("raydistill.serving.bench", "bench_command", "speed and memory of a student beside its teacher, by vLLM"),
-    "results": ("raydistill.results.listing", "results_command", "list and compare runs; --ui opens MLflow's page"),
+    "results": (
+        "raydistill.results.listing",
+        "results_command",
+        "list, filter, show, compare, export and report runs; --ui opens MLflow's page",
+    ),
+    "watch": ("raydistill.results.watch", "watch_command", "a run in the terminal while it trains"),
     "init": (
         "raydistill.preflight.init",
         "init_command",
