@@ -41,6 +41,7 @@ class Destination:
     uri: str
     experiment: str
     sinks: tuple[str, ...] = ()
+    artifacts: Path | None = None  # where a plain database leaves the files
 
 
 class OpenStores:

@@ -47,7 +47,7 @@ def deliver(
     `follow` goes on until the record's `end` line, or until `writer_gone` is set (the driver died: the run is marked
     KILLED). Only one process delivers a run at a time; a second one waits for the first.
     """
-    destination = Destination(uri=uri, experiment=experiment, sinks=tuple(sinks))
+    destination = Destination(uri=uri, experiment=experiment, sinks=tuple(sinks), artifacts=_artifacts(folder))
     return Courier(
         lambda: [folder],
         lambda _: destination,
@@ -128,11 +128,17 @@ def destination_in_record(folder: Path, uri: str | None = None) -> Destination |
             f"the record of {folder} does not keep the password of {named}; give the whole address with --uri"
         )
     experiment = chosen.get("experiment") or "raydistill"
-    return Destination(uri=named, experiment=experiment, sinks=tuple(chosen.get("sinks") or ()))
+    sinks = tuple(chosen.get("sinks") or ())
+    return Destination(uri=named, experiment=experiment, sinks=sinks, artifacts=_artifacts(folder))
+
+
+def _artifacts(folder: Path) -> Path:
+    """Beside `runs/`: without a place of its own, MLflow would write into whatever folder the driver was started in."""
+    return folder.absolute().parent.parent / "artifacts"
 
 
 def _open(destination: Destination) -> Store:
-    return ResultsStore(destination.uri, destination.experiment)
+    return ResultsStore(destination.uri, destination.experiment, destination.artifacts)
 
 
 @dataclass(slots=True)

@@ -49,10 +49,11 @@ def sqlite_path(uri: str) -> Path | None:
 class ResultsStore:
     """One open store and one experiment in it."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
+        """`artifacts` is where a new experiment of a plain database keeps its files; a tracking server has its own place."""
         self.client = open_client(uri)
         with _opening_lock(uri):
-            self.experiment_id = self._find_or_create_experiment(uri, experiment)
+            self.experiment_id = self._find_or_create_experiment(uri, experiment, artifacts)
 
     def open_run(self, record_id: str, name: str, start_ms: int) -> str:
         """The id of the run that holds this record; created where there is none."""
@@ -121,15 +122,16 @@ class ResultsStore:
         metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
         self.client.log_batch(run_id, metrics=metrics)
 
-    def _find_or_create_experiment(self, uri: str, name: str) -> str:
+    def _find_or_create_experiment(self, uri: str, name: str, artifacts: Path | None) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
         if found is None:
             database = sqlite_path(uri)
-            folder = str(database.absolute().parent / "artifacts") if database else None
+            folder = database.absolute().parent / "artifacts" if database else artifacts
+            place = None if folder is None or uri.startswith("http") else str(folder)
             try:
-                return str(self.client.create_experiment(name, artifact_location=folder))
+                return str(self.client.create_experiment(name, artifact_location=place))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -84,12 +84,9 @@ def percent(point: Measured) -> str:
 
 def ending(view: RunView) -> str:
     """`finished after 150 steps, 4 min 20 s`; with the message where it failed."""
-    steps = (
-        f"{len(view.steps)} of {view.config['trainer']['num_steps']} steps"
-        if "trainer" in view.config
-        else "no training"
-    )
-    took = f"{steps}, {format_seconds(view.seconds)}"
+    total = view.config.get("trainer", {}).get("num_steps")
+    steps = f"{len(view.steps)} of {total} steps, " if total and (view.steps or view.status != "finished") else ""
+    took = f"{steps}{format_seconds(view.seconds)}"
     if view.end is None:
         at = datetime.datetime.fromtimestamp(view.last_s).strftime("%Y-%m-%d %H:%M:%S")
         return f"has not ended (or was killed): {took} so far, its last line is of {at}"

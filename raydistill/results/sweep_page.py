@@ -107,7 +107,7 @@ def _ranked_table(sweep: Sweep, points: Sequence[Point], titles: Sequence[str], 
     """What is shown of each point; its error only where one failed. `titles` are those of the fields."""
     has_errors = any(point.errors for point in points)
     repeats = any(len(point.trials) > 1 for point in points)
-    columns = ["rank", *titles, sweep.metric, *(["seeds"] if repeats else []), "status", "training"]
+    columns = ["#", *titles, sweep.metric, *(["seeds"] if repeats else []), "status", "training"]
     columns += (["runs"] if with_runs else []) + (["error"] if has_errors else [])
     rows = []
     for rank, point in enumerate(points, 1):

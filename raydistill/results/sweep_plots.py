@@ -26,7 +26,7 @@ def plot_parallel(sweep: Sweep, points: Sequence[Point], path: Path) -> Path:
     shown = [point for point in points if point.status == "finished" and point.estimate is not None]
     names = [*sweep.varied, sweep.metric]
     axes.set_title("Every finished point, from violet (worst) to green; the best one is thick", loc="left", pad=30)
-    axes.set_xlim(-0.25, len(names) - 0.75)
+    axes.set_xlim(-0.25, len(names) - 0.8)
     axes.set_ylim(-0.06, 1.06)
     axes.grid(visible=False)
     axes.set_yticks([])
@@ -41,7 +41,10 @@ def plot_parallel(sweep: Sweep, points: Sequence[Point], path: Path) -> Path:
     for place, (_, ticks) in enumerate(scales):
         axes.axvline(place, color=paper().grid, lw=1.2, zorder=1)
         for height, text in ticks:
-            label = axes.text(place - 0.02, height, text, ha="right", va="center", fontsize=8.5, zorder=4)
+            is_last = place == len(names) - 1
+            label = axes.text(
+                place, height, f" {text} ", ha="left" if is_last else "right", va="center", fontsize=8.5, zorder=4
+            )
             label.set_bbox({"facecolor": paper().ground, "edgecolor": "none", "pad": 1.0, "alpha": 0.8})
     _draw_lines(axes, sweep, shown, [scale for scale, _ in scales])
     return save_figure(figure, path)

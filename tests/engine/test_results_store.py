@@ -1,5 +1,6 @@
 """The real MLflow on SQLite: a delivery process, restarts, a store that is down, many at once, the page."""
 
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ import pytest
 from raydistill.messages import EvalReport, Span
 from raydistill.results.deliver import deliver, start_delivery
 from raydistill.results.delivery import STATE_FILE, read_state
-from raydistill.results.listing import compare_runs, list_runs, results_command
+from raydistill.results.listing import results_command
+from raydistill.results.query import list_runs, sort_runs
 from raydistill.results.record import RunRecord
 from raydistill.results.store import ResultsStore, default_uri
 
@@ -55,13 +57,13 @@ def test_a_process_of_its_own_delivers_1000_metrics(tmp_path: Path) -> None:
     assert handle.finish(60), (record.path.parent / "delivery.log").read_text()
     assert handle.problem is None
     (run,) = list_runs(uri)
-    assert (run["name"], run["status"]) == ("a", "finished")
-    assert run["params"]["trainer.learning_rate"] == "0.001"
-    assert run["tags"]["owner"] == "me"
-    assert run["tags"]["num_warnings"] == "1"
-    assert run["tags"]["path.checkpoint"] == str(tmp_path)
-    assert history(uri, run["id"], "trainer/m2") == [(step, float(step * 2)) for step in range(100)]
-    files = {str(path.relative_to(tmp_path / "artifacts" / run["id"] / "artifacts")) for path in _files(tmp_path)}
+    assert (run.name, run.status) == ("a", "finished")
+    assert run.settings["trainer.learning_rate"] == 0.001
+    assert run.tags["owner"] == "me"
+    assert run.tags["num_warnings"] == "1"
+    assert run.tags["path.checkpoint"] == str(tmp_path)
+    assert history(uri, run.id, "trainer/m2") == [(step, float(step * 2)) for step in range(100)]
+    files = {str(path.relative_to(tmp_path / "artifacts" / run.id / "artifacts")) for path in _files(tmp_path)}
     assert files == {"record.jsonl", "tables/summary.json", "tables/summary.md"}
 
 
@@ -78,8 +80,8 @@ def test_repeats_restarts_and_lost_state_store_nothing_twice(tmp_path: Path) -> 
     assert deliver(folder, uri, EXPERIMENT)
     assert deliver(folder, uri, EXPERIMENT)
     (run,) = list_runs(uri)
-    assert history(uri, run["id"], "m") == [(step, float(step)) for step in range(10)]
-    assert history(uri, run["id"], "evaluate/kl_nats") == [(10, 0.1)]
+    assert history(uri, run.id, "m") == [(step, float(step)) for step in range(10)]
+    assert history(uri, run.id, "evaluate/kl_nats") == [(10, 0.1)]
 
 
 def test_a_resumed_run_shows_replayed_steps_once(tmp_path: Path) -> None:
@@ -94,8 +96,8 @@ def test_a_resumed_run_shows_replayed_steps_once(tmp_path: Path) -> None:
     record.end("finished")
     assert deliver(record.path.parent, uri, EXPERIMENT)
     (run,) = list_runs(uri)
-    assert run["status"] == "finished"
-    assert history(uri, run["id"], "m") == [(s, float(s)) for s in range(4)] + [(s, 100.0 + s) for s in range(4, 8)]
+    assert run.status == "finished"
+    assert history(uri, run.id, "m") == [(s, float(s)) for s in range(4)] + [(s, 100.0 + s) for s in range(4, 8)]
 
 
 def test_several_first_openings_at_once_and_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,11 +111,18 @@ def test_several_first_openings_at_once_and_a_comparison(tmp_path: Path, capsys:
         handles.append(start_delivery(record.path.parent, uri, EXPERIMENT))
     done = [handle.finish(180) for handle in handles]
     assert done == [True] * 4, [(handle.folder / "delivery.log").read_text() for handle in handles]
-    assert [run["name"] for run in list_runs(uri)] == ["d", "c", "b", "a"]
-    found = compare_runs(uri, "a", "b")
-    assert found["settings"] == {"trainer.learning_rate": ("1.0", "0.1")}
-    assert results_command(["--output", str(tmp_path), "--limit", "2"]) == 0
-    assert "evaluate/kl_nats" in capsys.readouterr().out
+    assert [run.name for run in sort_runs(list_runs(uri), "kl")] == ["d", "c", "b", "a"]
+    here = ["--output", str(tmp_path)]
+    assert results_command([*here, "--where", "learning_rate < 0.5 and tags.owner = me", "--columns", "run"]) == 0
+    out = capsys.readouterr().out
+    assert [name in out for name in ("│ a ", "│ b ", "│ c ", "│ d ")] == [False, True, True, True]
+    assert results_command(["compare", "a", "b", "--json", *here]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == {"trainer.learning_rate": {"a": 1.0, "b": 0.1}}
+    assert found["metrics"]["evaluate/kl_nats"] == {"a": 0.4, "b": pytest.approx(0.3)}
+    assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert results_command(["show", "c", *here]) == 0
+    assert "finished after 1 of 100 steps" in capsys.readouterr().out
 
 
 def test_a_store_that_comes_up_late_gets_everything(tmp_path: Path) -> None:
@@ -127,7 +136,7 @@ def test_a_store_that_comes_up_late_gets_everything(tmp_path: Path) -> None:
     place.unlink()
     record.end("finished")
     assert handle.finish(60), (record.path.parent / "delivery.log").read_text()
-    assert [run["status"] for run in list_runs(uri)] == ["finished"]
+    assert [run.status for run in list_runs(uri)] == ["finished"]
     assert read_state(record.path.parent).problem is None
 
 
@@ -159,8 +168,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     pid = int(done.stdout)
     _wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 60)
     (run,) = list_runs(default_uri(tmp_path))
-    assert run["status"] == "killed"
-    assert history(default_uri(tmp_path), run["id"], "m") == [(0, 1.0)]
+    assert run.status == "killed"
+    assert history(default_uri(tmp_path), run.id, "m") == [(0, 1.0)]
 
 
 def test_the_password_of_a_store_is_on_no_command_line_and_in_no_file(tmp_path: Path) -> None:

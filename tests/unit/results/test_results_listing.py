@@ -187,7 +187,7 @@ def test_show_tells_a_run_from_its_folder_without_a_store(folder: Path, capsys: 
         "out of luck",
         "trainer.learning_rate",
         "0.25 (3)",
-        "0.75 ± 0.01 (3)",
+        "0.750 ± 0.010 (3)",
         "vllm.LLM",
         "warning: an actor died",
         f"export: {folder}/export (not there any more)",

@@ -1,0 +1,152 @@
+"""Sweeps: ranking with seeds merged, importance, files that are whole, and what is refused."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_pages import HOSTILE, trial, write_sweep
+
+from raydistill.errors import UserError
+from raydistill.results import sweep_page
+from raydistill.results.importance import importance
+from raydistill.results.page import Picture
+from raydistill.results.report import sweep_folder
+from raydistill.results.sweep import Estimate, ranked, read_sweep
+from raydistill.results.sweep_page import table_markdown, table_rows, write_sweep_page
+from raydistill.results.sweep_plots import field_of_curve, short_names
+
+
+def points_of(folder: Path) -> Any:
+    return ranked(read_sweep(folder))
+
+
+def test_an_estimate_is_the_mean_over_seeds_with_its_standard_error() -> None:
+    assert Estimate.of([]) is None
+    assert Estimate.of([3.0]) == Estimate(mean=3.0, se=None, n=1)
+    one = Estimate.of([1.0, 2.0, 3.0])
+    assert one is not None
+    assert (one.mean, one.n) == (2.0, 3)
+    assert one.se == pytest.approx(1.0 / math.sqrt(3))
+    assert str(one) == "2.00 ± 0.58"
+
+
+def test_trials_that_differ_in_their_seed_are_one_point_and_the_best_comes_first(tmp_path: Path) -> None:
+    points = points_of(write_sweep(tmp_path))
+    assert [dict(point.values) for point in points[:2]] == [
+        {"trainer.learning_rate": 1e-4, "quant.format": "int4"},
+        {"trainer.learning_rate": 1e-3, "quant.format": "int4"},
+    ]
+    assert points[0].estimate.mean == pytest.approx(1.05e-4)
+    assert points[0].estimate.se == pytest.approx(5e-6)
+    assert [point.status for point in points] == ["finished"] * 5 + ["failed"]
+    assert points[-1].errors == [f"loss is NaN {HOSTILE}"]
+
+
+def test_the_order_is_finished_stopped_running_pending_failed_whatever_their_metrics(tmp_path: Path) -> None:
+    trials = [
+        trial(1, None, "failed", "x", trainer__learning_rate=1.0),
+        trial(2, 0.0, "running", trainer__learning_rate=2.0),
+        trial(3, 0.1, "stopped", trainer__learning_rate=3.0),
+        trial(4, 0.5, trainer__learning_rate=4.0),
+        trial(5, None, "pending", trainer__learning_rate=5.0),
+        trial(6, 0.4, trainer__learning_rate=6.0),
+        trial(7, float("nan"), trainer__learning_rate=7.0),
+    ]
+    points = points_of(write_sweep(tmp_path, trials, fields=["trainer.learning_rate"]))
+    assert [point.values["trainer.learning_rate"] for point in points] == [6.0, 4.0, 7.0, 3.0, 2.0, 5.0, 1.0]
+    rows = table_rows(read_sweep(tmp_path), points)
+    assert [row["rank"] for row in rows] == [1, 2, None, None, None, None, None]
+    highest = points_of(write_sweep(tmp_path, trials, fields=["trainer.learning_rate"], mode="max"))
+    assert [point.values["trainer.learning_rate"] for point in highest][:2] == [4.0, 6.0]
+
+
+def test_a_point_of_which_one_seed_failed_counts_the_others(tmp_path: Path) -> None:
+    values = {"trainer__learning_rate": 1.0}
+    trials = [trial(1, 0.2, run__seed=0, **values), trial(2, None, "failed", "no memory", run__seed=1, **values)]
+    (point,) = points_of(write_sweep(tmp_path, trials, fields=["trainer.learning_rate", "run.seed"]))
+    assert (point.status, point.estimate.n, point.errors) == ("finished", 1, ["no memory"])
+    table = table_markdown(read_sweep(tmp_path), [point])
+    assert "1 of 2" in table
+    assert "no memory" in table
+
+
+def test_importance_finds_the_field_that_matters_and_is_the_same_each_time(tmp_path: Path) -> None:
+    trials = [
+        trial(number, rate * 10 + 1e-6 * rank, trainer__learning_rate=rate, adapter__rank=rank, quant__format="int2")
+        for number, (rate, rank) in enumerate((rate, rank) for rate in (1e-4, 1e-3, 1e-2, 1e-1) for rank in (8, 16, 32))
+    ]
+    fields = ["trainer.learning_rate", "adapter.rank", "quant.format"]
+    sweep = read_sweep(write_sweep(tmp_path, trials, fields=fields))
+    found = importance(sweep, ranked(sweep))
+    assert list(found.shares) == ["trainer.learning_rate", "adapter.rank"], "a field with one value is left out"
+    assert found.shares["trainer.learning_rate"] > 0.9
+    assert math.fsum(found.shares.values()) == pytest.approx(1.0)
+    assert "fANOVA" in found.text
+    assert importance(sweep, ranked(sweep)) == found
+
+
+def test_importance_is_refused_below_four_distinct_finished_points(tmp_path: Path) -> None:
+    trials = [trial(k, 0.1 * k, trainer__learning_rate=float(k % 3), run__seed=k) for k in range(9)]
+    trials.append(trial(99, 0.3, "stopped", trainer__learning_rate=9.0))
+    sweep = read_sweep(write_sweep(tmp_path, trials, fields=["trainer.learning_rate", "run.seed"]))
+    found = importance(sweep, ranked(sweep))
+    assert found.shares == {}
+    assert found.text.startswith("3 distinct points have finished; with fewer than 4")
+    same = [trial(k, 0.5, trainer__learning_rate=float(k)) for k in range(5)]
+    sweep = read_sweep(write_sweep(tmp_path, same, fields=["trainer.learning_rate"]))
+    assert "the same at all" in importance(sweep, ranked(sweep)).text
+
+
+@pytest.mark.parametrize("trials", ["all", "none", "failed"])
+def test_every_file_is_written_again_and_again_whatever_has_finished(
+    trials: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
+    some = {"all": None, "none": [], "failed": [trial(1, None, "failed", HOSTILE, trainer__learning_rate=1.0)]}[trials]
+    folder = write_sweep(tmp_path / "rates", some)
+    for _ in range(2):
+        written = write_sweep_page(folder)
+        for path in (written.page, written.markdown, written.csv, written.json, *written.plots.values()):
+            assert path.stat().st_size > 0 or trials == "none", path
+    assert not list(folder.rglob(".*.new")), "nothing half-written is left"
+    page = written.page.read_text()
+    assert page.count("<script>") == 1
+    assert json.loads(written.json.read_text())["mode"] == "min"
+    if trials == "all":
+        rows = list(csv.DictReader(written.csv.open()))
+        assert float(rows[0]["evaluate/kl_nats mean"]) == pytest.approx(1.05e-4)
+        assert (rows[0]["runs"], rows[0]["n"]) == ("rates-03 rates-04", "2")
+        assert "It is clearly better than the next one" in page
+        assert set(written.plots) == {"parallel", "curve"}
+
+
+def test_the_curve_is_over_the_learning_rate_else_over_another_number(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path))
+    assert field_of_curve(sweep, ranked(sweep)) == "trainer.learning_rate"
+    betas = [trial(k, 0.1, objective__beta=0.1 * k, quant__format="int2") for k in range(3)]
+    sweep = read_sweep(write_sweep(tmp_path, betas, fields=["quant.format", "objective.beta"]))
+    assert field_of_curve(sweep, ranked(sweep)) == "objective.beta"
+    sweep = read_sweep(write_sweep(tmp_path, betas, fields=["quant.format"]))
+    assert field_of_curve(sweep, ranked(sweep)) is None
+    assert short_names(["a.rank", "b.rank", "c.beta"]) == ["a.rank", "b.rank", "beta"]
+
+
+def test_a_damaged_sweep_file_is_one_line_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sweep\.json cannot be read"):
+        read_sweep(tmp_path)
+    (tmp_path / "sweep.json").write_text("{ torn")
+    with pytest.raises(UserError, match="is no JSON"):
+        read_sweep(tmp_path)
+    write_sweep(tmp_path, [{"run": "x", "status": "exploded", "values": {}}])
+    with pytest.raises(UserError, match=r"trials\.0\.status"):
+        read_sweep(tmp_path)
+
+
+def test_a_sweep_is_found_by_its_folder_and_by_its_name(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweeps" / "rates")
+    assert sweep_folder(str(folder), tmp_path) == folder
+    assert sweep_folder("rates", tmp_path) == folder
+    assert sweep_folder("other", tmp_path) is None
