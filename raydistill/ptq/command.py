@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from raydistill.cli import command_parser, console
 from raydistill.errors import DataError, ModelError, RunError, UserError
-from raydistill.evaluate.targets import SOURCE_FILE, source_of
+from raydistill.evaluate.run_defaults import SOURCE_FILE, source_of
 from raydistill.progress import bar
 from raydistill.ptq.calibration import DEFAULT_ROWS
 from raydistill.quant.formats import (

@@ -11,7 +11,10 @@ from raydistill.results.provenance import scrub
 from raydistill.results.store import RECORD_ID_TAG, open_client, sqlite_path
 
 DEFAULT_SORT = "evaluate/kl_nats"
-_HIGHER_IS_BETTER = ("exact_match", "accuracy", "per_s", "recovered")
+_HIGHER_IS_BETTER = (
+    *("exact_match", "accuracy", "per_s", "recovered"),
+    *("last_number", "acc", "acc_norm", "strict-match", "flexible-extract"),  # of `evaluate --record`
+)
 _PAGE = 500
 
 
