@@ -89,13 +89,14 @@ def plot_curve(plan: Plan, rows: Sequence[SummaryRow], path: Path | None) -> Pat
 def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[SummaryRow]:
     """Load and measure."""
     say("loading", 0, 1)
-    if plan.tasks is not None:
+    if plan.tasks is not None and not plan.tasks.is_local:
         go_offline_if_unreachable()
     teacher = None if plan.teacher is None else _folder(plan.teacher)
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from raydistill.evaluate.folders import evaluate_folders, has_tokenizer
+    from raydistill.evaluate.folders import evaluate_folders
+    from raydistill.evaluate.vocabulary import has_tokenizer, positions_of
     from raydistill.models import eos_ids
 
     disable_progress_bar()
@@ -111,7 +112,8 @@ def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[S
         raise ModelError(
             f"{speaker} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}"
         ) from error
-    positions = shortest_positions(plan, teacher)
+    every = {target.folder for target in plan.targets} | ({teacher} if teacher else set())
+    positions = min(map(positions_of, every))
     section = plan.section or file_section(positions, plan.template)
     stop_ids = eos_ids(speaker, tokenizer)
     examples: tuple[Example, ...] = ()
@@ -133,20 +135,6 @@ def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[S
         measurements=measurements,
         engine=plan.engine,
     )
-
-
-def shortest_positions(plan: Plan, teacher: Path | None) -> int:
-    """Tokens of the longest sequence that every model knows."""
-    from transformers import AutoConfig
-
-    lengths = [2**31]
-    for folder in {target.folder for target in plan.targets} | ({teacher} if teacher else set()):
-        try:
-            config = AutoConfig.from_pretrained(folder).get_text_config()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder} is no model: {str(error).strip().splitlines()[0]}") from error
-        lengths.append(int(getattr(config, "max_position_embeddings", None) or 2**31))
-    return min(lengths)
 
 
 def _measurements(

@@ -15,10 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 from raydistill.data.encode import Example, num_known_ids
-from raydistill.errors import ModelError
 from raydistill.evaluate.answerers import Answerer, HfAnswerer
 from raydistill.evaluate.final_numbers import FinalNumbers
 from raydistill.evaluate.held_out import RowScores, TeacherAnswers, answer_held_out, score_alone, score_rows
@@ -26,18 +24,18 @@ from raydistill.evaluate.loading import Loader, format_of, load_teacher, role_of
 from raydistill.evaluate.measured import Measured, Measurement, share
 from raydistill.evaluate.paired import EXACT_MATCH, KL, RowValues
 from raydistill.evaluate.targets import Target
+from raydistill.evaluate.vocabulary import check_vocabulary, positions_of
 from raydistill.models import eos_ids
 from raydistill.results.tables import SummaryRow
 from raydistill.tensors import CompletionModel
 
-__all__ = ["EngineName", "ExactMatch", "Progress", "Target", "evaluate_folders", "has_tokenizer"]
+__all__ = ["EngineName", "ExactMatch", "Progress", "Target", "evaluate_folders"]
 ExactMatch = Literal["off", "final_number"]
 EngineName = Literal["hf", "vllm"]
 Progress = Callable[[str, int, int], None]
 """Told (what is done now, rows done, rows in all); a row counts once for every pass over it."""
 OnRows = Callable[[str, Mapping[str, RowValues]], None]
 """Given a target's name and its scores row by row, by measure."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def evaluate_folders(
@@ -157,28 +155,27 @@ class _Comparison:
             finding.score = (
                 score_rows(student, answers, self._temperature) if answers else score_alone(student, self._examples)
             )
-        answerer = HfAnswerer(model, self._tokenizer, eos_ids(target.folder, self._tokenizer), positions_of(target))
+        answerer = HfAnswerer(
+            model, self._tokenizer, eos_ids(target.folder, self._tokenizer), positions_of(target.folder)
+        )
         finding.measured += self._take(target, answerer, measurements)
 
     def with_vllm(self) -> None:
         """Take the measurements, with one engine start for all that lies over one base."""
-        from raydistill.evaluate.vllm_answerer import VllmProcess, engine_groups
+        from raydistill.evaluate.vllm_answerer import engine_groups, engine_process
 
         self._loader.release()  # the engine takes most of a device
         gc.collect()
         torch.cuda.empty_cache()
         longest = max(measurement.max_tokens for measurement in self._measurements)
         groups = engine_groups(self._targets, self._tokenizer, longest)
-        process = VllmProcess()
-        try:
+        with engine_process() as process:
             for group in groups:
                 self._say.about(f"starting vLLM on {group.base.model} for {', '.join(t.name for t in group.targets)}")
                 with process.engine(group) as engine:
                     for target in group.targets:
                         engine.select(target)
                         self._found[target.name].measured += self._take(target, engine, self._measurements)
-        finally:
-            process.close()
 
     def _take(self, target: Target, model: Answerer, measurements: Sequence[Measurement]) -> list[Measured]:
         found = []
@@ -238,37 +235,3 @@ class _Counter:
     def finish(self) -> None:
         """All of them."""
         self.within(self._size)
-
-
-def check_vocabulary(target: Target, tokenizer: Any, examples: Sequence[Example]) -> None:
-    """ModelError unless the model's ids are those of `tokenizer`. Ids that only one side has are padding."""
-    size = int(AutoConfig.from_pretrained(target.folder).get_text_config().vocab_size)
-    largest = max((int(max(e.prompt_ids.max(), e.reference_ids.max())) for e in examples), default=-1)
-    if largest >= size:
-        raise ModelError(
-            f"{target.name} ({target.folder}) has a vocabulary of {size:,}, but the rows use id {largest:,}. "
-            "Choose models that share a tokenizer"
-        )
-    if not has_tokenizer(target.folder):
-        return
-    mine = {i: token for token, i in AutoTokenizer.from_pretrained(target.folder).get_vocab().items()}
-    theirs = {i: token for token, i in tokenizer.get_vocab().items()}
-    shared = mine.keys() & theirs.keys()
-    wrong = sorted(i for i in shared if mine[i] != theirs[i])
-    if wrong or not shared:
-        where = f", first at id {wrong[0]}: {theirs[wrong[0]]!r} vs {mine[wrong[0]]!r}" if wrong else ""
-        raise ModelError(
-            f"the rows' tokenizer and {target.name} ({target.folder}) disagree on {len(wrong):,} of {len(shared):,} "
-            f"token ids{where}. Choose models that share a tokenizer"
-        )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder says what its token ids mean."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def positions_of(target: Target) -> int:
-    """Tokens of the longest sequence that a model knows."""
-    config = AutoConfig.from_pretrained(target.folder).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)

@@ -56,7 +56,7 @@ class HarnessTasks:
         """One line that says how the tasks are asked."""
         chat = "with the chat template" if self._template is not None else "as plain text"
         shots = sorted({int(task.get_config("num_fewshot")) for task in self._all.values()})
-        examples = f"{'/'.join(map(str, shots))} examples"
+        examples = f"{' or '.join(map(str, shots))} examples"
         documents = f"{self.num_sequences:,} documents of {len(self._all)} tasks"
         return f"{documents}, {chat}, {examples}, {self._max_length} tokens at most"
 

@@ -34,6 +34,11 @@ class TaskRequest:
     max_new_tokens: int | None  # None: as each task says
     is_chat: bool  # prompts rendered with the chat template
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows of every task lie in `data`, as far as the names alone can tell."""
+        return self.data is not None and all((self.data / name).is_dir() for name in self.names)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:

@@ -18,7 +18,8 @@ from transformers import AutoConfig
 
 from raydistill.config import TeacherSection
 from raydistill.errors import ModelError
-from raydistill.evaluate.targets import ADAPTER_CONFIG, EXPORT_FOLDER, Target, config_of
+from raydistill.evaluate.run_defaults import EXPORT_FOLDER, config_of
+from raydistill.evaluate.targets import ADAPTER_CONFIG, Target
 from raydistill.models import (
     WEIGHTS_SHARE,
     StudentSpec,

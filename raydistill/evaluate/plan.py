@@ -16,7 +16,8 @@ from raydistill.errors import DataError, ModelError, UserError
 from raydistill.evaluate.arguments import DEFAULT_BLOCK, DEFAULT_STRIDE, DEFAULT_WINDOW
 from raydistill.evaluate.harness_tasks import TaskRequest, known_tasks
 from raydistill.evaluate.rows import HeldOutRows, rows_of_file, rows_of_run
-from raydistill.evaluate.targets import RunDefaults, Target, find_targets, template_of
+from raydistill.evaluate.run_defaults import RunDefaults
+from raydistill.evaluate.targets import Target, find_targets, template_of
 
 if TYPE_CHECKING:
     from raydistill.evaluate.folders import EngineName, ExactMatch

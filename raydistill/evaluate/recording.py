@@ -9,7 +9,8 @@ from pathlib import Path
 from raydistill.cli import console
 from raydistill.config import Config
 from raydistill.evaluate.plan import Plan
-from raydistill.evaluate.targets import config_of, version_of
+from raydistill.evaluate.run_defaults import config_of
+from raydistill.evaluate.targets import version_of
 from raydistill.messages import EvalReport, Span
 from raydistill.results.record_lines import start_of
 from raydistill.results.recorded import recorded
@@ -55,7 +56,14 @@ def metrics_of(row: SummaryRow, within: str = "") -> dict[str, float]:
     }  # fmt: skip
     for name, measure in row.measures.items():
         plain |= {name: measure["value"], f"{name}_se": measure["se"]}
-    return {f"evaluate/{within}{name.replace(' ', '_')}": value for name, value in plain.items() if value is not None}
+    return {f"evaluate/{within}{_key(name)}": value for name, value in plain.items() if value is not None}
+
+
+def _key(column: str) -> str:
+    """A column's name without what the store refuses: `gsm8k exact_match (strict-match)` is gsm8k_exact_match.strict-match."""
+    for old, new in ((" (", "."), (")", ""), ("bits/byte", "bits_per_byte"), (" ", "_")):
+        column = column.replace(old, new)
+    return column
 
 
 def _of_all(models: Sequence[SummaryRow]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,12 +30,14 @@ from raydistill.evaluate.answerers import Ids, Likelihood, OnDone, Pair
 from raydistill.evaluate.loading import adapter_layers, adapter_settings, check_codes, check_lora, spec_of
 from raydistill.evaluate.targets import Target
 from raydistill.evaluate.vllm_process import EngineBase
+from raydistill.evaluate.vocabulary import positions_of
 from raydistill.models import eos_ids
 from raydistill.quant.formats import ADAPTER_FOLDER
 from raydistill.recovery.checkpoint import load_checkpoint
 
 SEQUENCES = 256  # of one call: what the progress bar moves by
 HEAD = "lm_head"
+LOG_LINES = 12  # of a process that died
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +80,15 @@ def _group(members: Sequence[tuple[Target, Path, Path | None]], tokenizer: Any, 
     if HEAD in layers:
         raise ModelError(f"an adapter over {folder} changes {HEAD}, which vLLM cannot score with; use --engine hf")
     spec = spec_of(first) if first.checkpoint else None
-    config = AutoConfig.from_pretrained(folder).get_text_config()
     known = num_known_ids(tokenizer)
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
     base = EngineBase(
         model=str(folder),
         tokenizer=str(tokenizer.name_or_path),
         dtype=spec.student.dtype if spec else engine_dtype(folder, is_cpu=not torch.cuda.is_available()),
-        max_tokens=min(longest, positions - 1),  # scoring a sequence takes the place of one more token
+        max_tokens=min(longest, positions_of(folder) - 1),  # scoring a sequence takes the place of one more token
         eos_ids=eos_ids(first.folder, tokenizer),
-        sampled_ids=known if known < config.vocab_size else None,
+        sampled_ids=known if known < vocab_size else None,
         num_gpus=1 if torch.cuda.is_available() else 0,
         student=spec,
         lora_rank=max((int(adapter_settings(adapter)["r"]) for adapter in folders), default=0),
@@ -136,8 +138,9 @@ class VllmAnswerer:
 class VllmProcess:
     """A process for one engine after another: vLLM is imported once."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
         self._pool: ProcessPoolExecutor | None = None
+        self._log = log  # for what vLLM says
         self.num_starts = 0  # of engines
 
     @contextmanager
@@ -145,7 +148,7 @@ class VllmProcess:
         """An engine that is stopped after the body."""
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=vllm_process.prepare)
+            self._pool = ProcessPoolExecutor(1, spawn, vllm_process.prepare, (str(self._log),))
         with _environment(_engine_environment()):  # the process starts with the first question
             self.ask(vllm_process.start, group.base)
         self.num_starts += 1
@@ -153,20 +156,30 @@ class VllmProcess:
         self.ask(vllm_process.stop)  # after an error `close` ends the process
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """Let the process answer; RunError where it died."""
+        """Let the process answer; RunError with its last lines where it died."""
         assert self._pool is not None
         try:
             return self._pool.submit(question, *arguments).result()
         except BrokenProcessPool as error:
-            raise RunError(
-                "the process of the vLLM engine died; its last words stand above, if it had any. Less memory is taken by "
-                "shorter sequences (--max-length), or use --engine hf"
-            ) from error
+            lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+            words = ["the process of the vLLM engine died; use --engine hf, or shorter sequences. Its last lines:"]
+            raise RunError("\n".join(words + lines[-LOG_LINES:])) from error
 
     def close(self) -> None:
         """End the process."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def engine_process() -> Iterator[VllmProcess]:
+    """A process that ends with the body."""
+    with tempfile.NamedTemporaryFile(prefix="raydistill-vllm-", suffix=".log") as log:
+        process = VllmProcess(Path(log.name))
+        try:
+            yield process
+        finally:
+            process.close()
 
 
 def _parts_of(sequences: Sequence[Any]) -> Iterator[Sequence[Any]]:

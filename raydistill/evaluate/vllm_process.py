@@ -122,9 +122,11 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
     return asked
 
 
-def prepare() -> None:
-    """First of all: results go to stdout, so nothing else does."""
-    os.dup2(2, 1)
+def prepare(log: str) -> None:
+    """First of all: what vLLM says goes to a file; stdout is for results."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 @one_line_errors

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.cli import console
 from raydistill.errors import ModelError, RunError
-from raydistill.evaluate.targets import SOURCE_FILE, source_of
+from raydistill.evaluate.run_defaults import SOURCE_FILE, source_of
 from raydistill.progress import bar
 from raydistill.quant.formats import Layout, WeightFormat
 from raydistill.results.record_lines import recorded_config

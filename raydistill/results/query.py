@@ -14,7 +14,10 @@ from raydistill.results.runs import RUN_TAG, RunRow, typed_setting
 from raydistill.results.store import PARENT_TAG, RECORD_ID_TAG, open_client, sqlite_path
 
 DEFAULT_SORT = "evaluate/kl_nats"
-_HIGHER_IS_BETTER = ("exact_match", "accuracy", "per_s", "recovered")
+_HIGHER_IS_BETTER = (
+    *("exact_match", "accuracy", "per_s", "recovered"),
+    *("last_number", "acc", "acc_norm", "strict-match", "flexible-extract"),  # of `evaluate --record`
+)
 _PAGE = 500
 
 

@@ -160,11 +160,14 @@ def _common_cells(row: SummaryRow) -> list[str]:
     match = "-" if row.exact_match is None else f"{row.exact_match:.1%}"
     if row.exact_match is not None and row.exact_match_se is not None:
         match += f" ± {row.exact_match_se:.1%}"
+    kl = "-" if row.kl_nats is None else format_kl(row.kl_nats)
+    if row.kl_nats and row.kl_se is not None and row.role != "teacher":
+        kl += f" ± {format_kl(row.kl_se)}"
     return [
         row.name,
         row.role,
         match,
-        "-" if row.kl_nats is None else format_kl(row.kl_nats),
+        kl,
         "-" if row.perplexity is None else f"{row.perplexity:.3f}",
         format_bytes(row.bytes),
     ]

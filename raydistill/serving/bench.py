@@ -140,7 +140,7 @@ def _positive(text: str) -> int:
 
 def make_plan(arguments: argparse.Namespace, extra: Sequence[str]) -> Plan:
     """Models, prompts and settings; everything that can be refused is refused here."""
-    from raydistill.evaluate.targets import read_defaults
+    from raydistill.evaluate.run_defaults import read_defaults
 
     student = check_model(arguments.folder)
     defaults = read_defaults(student) or read_defaults(arguments.folder) or read_defaults(student.absolute().parent)

@@ -14,7 +14,7 @@ from raydistill.quant.formats import MANIFEST
 
 if TYPE_CHECKING:
     from raydistill.data.rows import Row
-    from raydistill.evaluate.targets import RunDefaults
+    from raydistill.evaluate.run_defaults import RunDefaults
 
 GIB = 2**30
 CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB; vLLM's own variable

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill import __version__
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
-from raydistill.evaluate.targets import EXPORT_FOLDER, SOURCE_FILE, source_of
+from raydistill.evaluate.run_defaults import EXPORT_FOLDER, SOURCE_FILE, source_of
 from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.recovery.keeper import read_best

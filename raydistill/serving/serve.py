@@ -20,7 +20,7 @@ from raydistill.actors.vllm_folders import engine_dtype, is_cpu, manifest_of, ru
 from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT, allocated_rank
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
-from raydistill.evaluate.targets import EXPORT_FOLDER
+from raydistill.evaluate.run_defaults import EXPORT_FOLDER
 from raydistill.quant.formats import ADAPTER_FOLDER, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from finished_models import write_lora, write_run
 from task_rows import write_task_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +31,16 @@ from raydistill.evaluate.folders import evaluate_folders
 from raydistill.evaluate.harness import HarnessTasks
 from raydistill.evaluate.harness_model import HarnessModel
 from raydistill.evaluate.harness_tasks import TaskRequest, known_tasks, load_tasks
+from raydistill.evaluate.measured import Measured
+from raydistill.evaluate.paired import RowValues
+from raydistill.evaluate.ptq import export_ptq
 from raydistill.evaluate.rows import file_section
 from raydistill.evaluate.targets import Target, find_targets
 from raydistill.evaluate.text import TextPerplexity, tokenize
+from raydistill.quant.export import export_live
+from raydistill.quant.formats import WeightFormat
+from raydistill.quant.layouts import write_layout
+from raydistill.quant.student import LoraSettings, adapter_state, load_adapter_state, prepare_student
 from raydistill.results.tables import SummaryRow
 
 pytestmark = pytest.mark.engine
@@ -40,6 +48,7 @@ pytestmark = pytest.mark.engine
 TASKS = ("hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu_anatomy", "gsm8k", "wikitext")
 MAX_LENGTH = 190  # input tokens: shorter than the wikitext pages, so that windows roll
 NEW_TOKENS = 40
+INT4 = WeightFormat(bits=4, group_size=32, symmetric=False, scale="searched")
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2" / "test.txt"
 
@@ -217,6 +226,27 @@ def test_what_a_task_lacks_is_one_line_that_names_it(data: Path, tmp_path: Path)
         assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
 
 
+class SaysItself:
+    """A measurement of which continuations are what the model itself would say: its own answers, and others."""
+
+    what, max_tokens = "its own answers", 200
+
+    def __init__(self, prompts: list[Any]) -> None:
+        self._prompts, self.num_sequences = prompts, 2 * len(prompts)
+
+    def measure(self, model: Any, on_done: Any = None) -> Measured:
+        answers = model.answers(self._prompts, 8)
+        changed = [[*answer[:-1], (answer[-1] + 1) % 400] for answer in answers]
+        pairs = [
+            (prompt, rest) for rests in (answers, changed) for prompt, rest in zip(self._prompts, rests, strict=True)
+        ]
+        found = np.array([float(one.is_greedy) for one in model.likelihoods(pairs)])
+        ids = tuple(str(number) for number in range(len(pairs)))
+        return Measured(
+            measures={}, rows={"itself": RowValues(row_ids=ids, values_R=found, weights_R=np.ones_like(found))}
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Both:
     """The same comparison by transformers and by vLLM."""
@@ -230,16 +260,32 @@ class Both:
 
 @pytest.fixture(scope="module")
 def both(tiny_world: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    """The teacher, two adapters over it, and two checkpoints of a run that started from it."""
+    """The teacher, two adapters over it, two checkpoints of a run that started from it, and two exports."""
     root, base = tmp_path_factory.mktemp("both"), tiny_world.teacher_folder
     adapters = [str(write_lora(base, root / name, seed)) for seed, name in enumerate(("first", "second"))]
     run = write_run(root / "runs" / "mine", base, tiny_world.train_path, versions=(1, 3))
-    targets = [Target("base", base), *find_targets(adapters)[0], *find_targets([str(run)], every_checkpoint=True)[0]]
+    export_ptq(base, INT4, root / "packed")
+    student = prepare_student(
+        AutoModelForCausalLM.from_pretrained(base), INT4, "served", LoraSettings(rank=2, alpha=4, targets=("q_proj",))
+    )
+    noise = torch.Generator().manual_seed(0)
+    state = {key: 0.1 * torch.randn(value.shape, generator=noise) for key, value in adapter_state(student).items()}
+    load_adapter_state(student, state)
+    export_live(root / "packed-served", student, base, {})
+    write_layout(root / "packed-served", root / "served", "dequantized")
+    exports = [Target(name, root / name) for name in ("packed", "served")]
+    targets = [
+        Target("base", base),
+        *find_targets(adapters)[0],
+        *find_targets([str(run)], every_checkpoint=True)[0],
+        *exports,
+    ]
     tokenizer = AutoTokenizer.from_pretrained(base)
     stop_ids, section = [tokenizer.eos_token_id], file_section(256)
     rows = list(islice(read_rows(tiny_world.test_path).rows, 6))
     labels = [Row(f"l{n}", (row.messages[0], Message("assistant", ("yes", "no")[n % 2]))) for n, row in enumerate(rows)]
     text = "\n\n".join(row.messages[0].content for row in rows)
+    examples = encode_rows(rows, tokenizer, section)
     tables, row_scores, starts = {}, {}, []
 
     class Counted(vllm_answerer.VllmProcess):
@@ -254,7 +300,7 @@ def both(tiny_world: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) 
             tables[engine] = evaluate_folders(
                 targets,
                 None,
-                encode_rows(rows, tokenizer, section),
+                examples,
                 tokenizer,
                 "final_number",
                 NEW_TOKENS,
@@ -263,6 +309,7 @@ def both(tiny_world: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) 
                     TextPerplexity(tokenize("text", text, tokenizer), "sliding", 64, 32),
                     Classification(labels, tokenizer, section, stop_ids),
                     tasks_of(request_of(TASKS, data), tokenizer),
+                    SaysItself([example.prompt_ids for example in examples]),
                 ],
                 engine=engine,  # type: ignore[arg-type]
             )
@@ -278,9 +325,9 @@ def both(tiny_world: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_one_engine_start_serves_all_that_lies_over_one_base(both: Both) -> None:
-    """Base and adapters; then the checkpoints, whose weights are rebuilt in place."""
-    assert [row.name for row in both.vllm] == ["base", "first", "second", "step 1", "step 3"]
-    assert both.num_starts == 2
+    """Base and adapters; the checkpoints, whose weights are rebuilt in place; two exports, one of them with its adapter."""
+    assert [row.name for row in both.vllm] == ["base", "first", "second", "step 1", "step 3", "packed", "served"]
+    assert both.num_starts == 4
 
 
 def test_vllm_and_transformers_agree_on_every_measure_of_every_model(both: Both) -> None:
@@ -291,6 +338,11 @@ def test_vllm_and_transformers_agree_on_every_measure_of_every_model(both: Both)
         assert hf.exact_match == vllm.exact_match
         for name, rows in both.hf_rows[hf.name].items():
             np.testing.assert_allclose(both.vllm_rows[hf.name][name].values_R, rows.values_R, rtol=1e-4, atol=1e-4)
+
+
+def test_both_engines_know_what_they_would_have_said(both: Both) -> None:
+    for found in (both.hf_rows, both.vllm_rows):
+        assert all(rows["itself"].values_R.tolist() == [1.0] * 6 + [0.0] * 6 for rows in found.values())
 
 
 def test_the_models_are_really_different(both: Both) -> None:

@@ -122,6 +122,7 @@ LIGHT_AT_START = (
         "raydistill.evaluate.arguments",
         "raydistill.evaluate.plan",
         "raydistill.evaluate.targets",
+        "raydistill.evaluate.run_defaults",
         "raydistill.evaluate.hub",
         "raydistill.evaluate.task_names",
         "raydistill.evaluate.harness_tasks",

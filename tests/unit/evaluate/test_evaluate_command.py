@@ -17,7 +17,7 @@ from raydistill.evaluate.paired import read_row_values
 from raydistill.evaluate.plan import make_plan
 from raydistill.evaluate.ptq import export_ptq
 from raydistill.evaluate.rows import rows_of_file, rows_of_run
-from raydistill.evaluate.targets import source_of
+from raydistill.evaluate.run_defaults import source_of
 from raydistill.quant.formats import WeightFormat
 from raydistill.results.record import RunRecord
 from raydistill.results.record_lines import require_start

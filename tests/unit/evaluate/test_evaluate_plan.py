@@ -11,7 +11,11 @@ from raydistill.errors import UserError
 from raydistill.evaluate.arguments import parser
 from raydistill.evaluate.command import evaluate_command
 from raydistill.evaluate.plan import make_plan
+from raydistill.evaluate.recording import metrics_of
 from raydistill.evaluate.task_names import _names_in, bundled_names, names_under
+from raydistill.results.query import higher_is_better
+from raydistill.results.tables import Measure, SummaryRow
+from raydistill.results.translate import clean_key
 
 
 def plan_of(*argv):
@@ -144,3 +148,20 @@ def test_lm_evals_common_tasks_are_known():
     known = bundled_names()
     for name in ("hellaswag", "arc_easy", "winogrande", "mmlu", "mmlu_anatomy", "gsm8k", "wikitext", "ai2_arc"):
         assert all(name in path.read_text() for path in known[name])
+
+
+def test_metrics_of_a_recorded_row_have_the_names_of_a_runs_and_none_that_the_store_refuses():
+    share, number = (Measure(value=0.5, se=0.1, is_share=True), Measure(value=2.0, se=None, is_share=False))
+    measures = {"gsm8k exact_match (strict-match)": share, "wiki.txt bits/byte": number}
+    row = SummaryRow(name="s", role="student", kl_nats=0.1, bytes=7, exact_match=0.9, measures=measures)
+    assert metrics_of(row, "s/") == {
+        "evaluate/s/kl_nats": 0.1,
+        "evaluate/s/exact_match": 0.9,
+        "evaluate/s/bytes": 7.0,
+        "evaluate/s/gsm8k_exact_match.strict-match": 0.5,
+        "evaluate/s/gsm8k_exact_match.strict-match_se": 0.1,
+        "evaluate/s/wiki.txt_bits_per_byte": 2.0,
+    }
+    assert all(clean_key(name) == name for name in metrics_of(row, "s/"))
+    assert higher_is_better("evaluate/gsm8k_exact_match.strict-match")
+    assert not higher_is_better("evaluate/wiki.txt_bits_per_byte")

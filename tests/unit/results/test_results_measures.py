@@ -29,6 +29,7 @@ def test_measures_are_columns_with_their_standard_errors() -> None:
     lines = comparison_markdown([TEACHER, STUDENT]).splitlines()
     assert lines[0].endswith("| size | arc acc | t perplexity |")
     assert lines[2].endswith("| 10 B | 61.2% ± 0.5% | - |")
+    assert "| **0.010 ± 0.0020** |" in lines[3] and "| 0 |" in lines[2]
     assert lines[3].endswith("**61.2% ± 0.5%** | **23.42 ± 0.21** |")
     assert format_measure(Measure(value=1.5, se=None, is_share=False)) == "1.5"
 

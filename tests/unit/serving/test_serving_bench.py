@@ -21,7 +21,7 @@ from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.demo.tokenizer import train_tokenizer
 from raydistill.evaluate.ptq import export_ptq
-from raydistill.evaluate.targets import source_of
+from raydistill.evaluate.run_defaults import source_of
 from raydistill.quant.formats import WeightFormat
 from raydistill.serving import bench, bench_inputs
 from raydistill.serving.bench import Server, bench_command

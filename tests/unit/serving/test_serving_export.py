@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.evaluate.targets import SOURCE_FILE, read_defaults
+from raydistill.evaluate.run_defaults import SOURCE_FILE, read_defaults
 from raydistill.messages import EvalReport, Span, StudentWeights
 from raydistill.models import StudentSpec, build_student
 from raydistill.quant.export import export_live, load_exported
