@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.results.names import HELD_OUT, STANDARD_ERROR
-from raydistill.results.plot_style import log_axis, new_grid, new_panel, paper, save_figure
+from raydistill.results.plot_style import log_axis, new_grid, new_panel, paper, save_figure, whole_steps
 from raydistill.results.record_lines import Line
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def _draw(axes: Axes, panel: Panel, records: Mapping[str, Sequence[Line]]) -> No
         log_axis(axes)
     if panel.is_share:
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    whole_steps(axes)
     axes.set_title(f"{title} ({panel.unit})" if panel.unit else title, loc="left", fontsize=10.5)
     if len(records) == 1 and len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=8.5, frameon=False)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydistill.results.plot_style import new_figure, save_figure
+from raydistill.results.plot_style import new_figure, save_figure, whole_steps
 from raydistill.results.tables import Measure, SummaryRow
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ def plot_checkpoints(rows: Mapping[int, SummaryRow], teacher: SummaryRow | None,
 
 
 def _draw(axes: Axes, series: Series, of_teacher: Mapping[str, Measure]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     for number, (name, values) in enumerate(series.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         steps = sorted(values)
@@ -66,7 +64,7 @@ def _draw(axes: Axes, series: Series, of_teacher: Mapping[str, Measure]) -> None
     if len(steps) <= _MOST_TICKS:
         axes.set_xticks(steps)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_steps(axes)
     axes.legend(loc="best", framealpha=0.9, fontsize=9)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raydistill.results.plot_style import log_axis, new_figure, paper, save_figure
+from raydistill.results.plot_style import log_axis, new_figure, paper, save_figure, whole_steps
 
 _MARKED = 60  # so many points or fewer are marked
 
@@ -29,6 +29,7 @@ def plot_policy_gap(record: Iterable[Mapping[str, Any]], path: Path, bound_nats:
         axes.axhline(bound_nats, color=paper().faint, lw=1.2, ls="--", label="bound: the run stops above it")
     if any(line["gap_mean_nats"] > 0 for line in syncs):
         log_axis(axes)
+    whole_steps(axes)
     axes.set_xlabel("policy version")
     axes.set_ylabel("nats per probe token")
     axes.set_title("Policy gap: trainer against rollout engines", loc="left", pad=30)

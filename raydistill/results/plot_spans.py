@@ -39,8 +39,10 @@ def plot_spans(all_spans: Sequence[Span], path: Path) -> Path:
     axes.set_title(title, loc="left", pad=30)
     stage_legend(axes, [stage for stage in STAGE_COLOURS if any(span.stage == stage for span in spans)])
     if spans:
-        overlap, wall = overlap_seconds(all_spans, "rollout", "trainer"), wall_seconds(all_spans)
-        text = f"whole run: rollout and trainer busy at once for {overlap:.1f} of {wall:.1f} s\n{bottleneck(all_spans)}"
+        text = bottleneck(all_spans)
+        if any(span.stage == "rollout" for span in all_spans):
+            overlap, wall = overlap_seconds(all_spans, "rollout", "trainer"), wall_seconds(all_spans)
+            text = f"whole run: rollout and trainer busy at once for {overlap:.1f} of {wall:.1f} s\n{text}"
         figure.text(0.012, 0.02, text, fontsize=9.5, va="bottom", color=paper().ink)
         return save_figure(figure, path, bottom=0.11)
     return save_figure(figure, path)

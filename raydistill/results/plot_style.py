@@ -136,6 +136,13 @@ def save_figure(figure: Figure, path: Path, bottom: float = 0.0, top: float = 1.
     return path
 
 
+def whole_steps(axes: Axes) -> None:
+    """Ticks of a step axis at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def log_axis(axes: Axes, which: Literal["x", "y"] = "y") -> None:
     """A log axis with plain numbers at 1, 2 and 5, or at the powers of ten where there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

@@ -167,9 +167,10 @@ def _timeline(view: RunView) -> dict[str, Any]:
         if stage in times
     ]
     line = bottleneck(view.spans)
+    overlap = format_seconds(overlap_seconds(view.spans, "rollout", "trainer")) if "rollout" in times else None
     return {
         "bottleneck": line[0].upper() + line[1:],
-        "overlap": format_seconds(overlap_seconds(view.spans, "rollout", "trainer")),
+        "overlap": overlap,
         "wall": format_seconds(wall_seconds(view.spans)),
         "stages": stages,
         "picture": picture("who was busy when", lambda path: plot_spans(view.spans, path)),
