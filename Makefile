@@ -52,10 +52,11 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2
 
-test: setup  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
-	$(BIN)/pytest
+# What starts real engines runs one after another: each of these tests takes both cores and gigabytes.
+test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
+	$(BIN)/pytest tests/engine tests/ray tests/gpu --durations 15
 
 clean:  ## remove outputs and caches, keep the environment
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

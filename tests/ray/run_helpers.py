@@ -1,5 +1,6 @@
 """What the tests of whole runs share: reading a run's record, comparing two runs, killing processes."""
 
+import json
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from raydistill.results.record import read_record
 
 QUIET = Console(quiet=True)
 NUM_STEPS = 8
+THE_SWEEPS_OWN = ("name", "resume", "cache_gib")
 
 
 def serial_config(make_config: Any, name: str, **changes: Any) -> Config:
@@ -33,6 +35,24 @@ def serial_config(make_config: Any, name: str, **changes: Any) -> Config:
         **changes,
     )
     return config
+
+
+def trial_config(make_config: Any, output: Path, **changes: Any) -> Config:
+    """What the trials of a sweep have in common: no name, outputs in a folder of their own."""
+    config = serial_config(make_config, "any", **changes)
+    return config.model_copy(update={"run": config.run.model_copy(update={"output": output, "name": None})})
+
+
+def sweep_file(path: Path, config: Config, space: str, head: str = "") -> Path:
+    """A sweep over `space` whose trials are otherwise `config`."""
+    settings = [
+        f'"{section}.{name}" = {json.dumps(value)}'
+        for section, fields in config.model_dump(mode="json").items()
+        for name, value in fields.items()
+        if value is not None and not isinstance(value, dict) and name not in THE_SWEEPS_OWN and name not in space
+    ]
+    path.write_text("\n".join([head, "[settings]", *settings, "[space]", space]) + "\n")
+    return path
 
 
 def lines(summary: RunSummary, kind: str) -> list[dict[str, Any]]:

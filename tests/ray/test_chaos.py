@@ -3,17 +3,21 @@
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from chaos_cluster import Nodes
 from chaos_kills import Hit, Kill, Striker
-from run_helpers import QUIET, lines, serial_config
+from run_helpers import QUIET, lines, serial_config, sweep_file, trial_config, wait_for_step
 from tiny_runs import compare
 
 from raydistill.config import Config
 from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.sweep.run import run_sweep
+from raydistill.sweep.spec import load_sweep
+from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -28,16 +32,17 @@ STEPS = 18
 HANG_S = 15.0  # how long a call may take before its actor counts as dead
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "trainer": {"num_steps": STEPS},
+    "checkpoint": {"save_every": 3},
+    "rollout": {"engine": "hf", "timeout_s": HANG_S},
+    "teacher": {"model": None},
+    "cluster": {"by_role": True},
+}
+
+
 def config_of(make_config: Any, name: str) -> Config:
-    return serial_config(
-        make_config,
-        name,
-        trainer={"num_steps": STEPS},
-        checkpoint={"save_every": 3},
-        rollout={"engine": "hf", "timeout_s": HANG_S},
-        teacher={"model": None},
-        cluster={"by_role": True},
-    )
+    return serial_config(make_config, name, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +88,28 @@ def test_killed_and_hanging_processes_cost_time_only(
     versions = [[line["version"] for line in lines(s, "evaluation")] for s in (summary, undisturbed)]
     assert versions[0] == versions[1]
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
+
+
+def test_a_sweep_ends_though_a_node_is_lost_in_its_second_trial(
+    nodes: Nodes, pools: Pools, make_config: Any, undisturbed: RunSummary, tmp_path: Path
+) -> None:
+    """The node of its rollout, teacher and evaluation actors. The last trial has the settings of the undisturbed run."""
+    config = trial_config(make_config, tmp_path, **SETTINGS)
+    space = f'"trainer.learning_rate" = [1e-3, {config.trainer.learning_rate}]'
+    sweep = load_sweep(sweep_file(tmp_path / "lr.toml", config, space))
+    last = tmp_path / "runs" / "lr-001"
+    lost: list[bool] = []
+
+    def lose() -> None:
+        wait_for_step(last, 5)
+        nodes.replace_worker()
+        lost.append(not (last / "export").exists())
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    result = run_sweep(sweep)
+    thread.join(60)
+    assert lost == [True]
+    assert [trial["status"] for trial in read_state(sweep.folder)["trials"]] == ["finished"] * 2
+    assert result.num_finished == 2
+    assert compare(last, undisturbed.folder, STEPS, 8) == {"ledger": "complete", "losses": "equal", "weights": "equal"}

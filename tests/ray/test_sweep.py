@@ -1,6 +1,5 @@
 """Sweeps with the real Ray Tune: sharing changes no result, a failing trial ends nothing, a killed sweep goes on."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_helpers import QUIET, losses, serial_config, wait_for_step
+from run_helpers import QUIET, losses, sweep_file, trial_config, wait_for_step
 
 from raydistill.config import Config
 from raydistill.errors import ResourceError, UserError
@@ -24,32 +23,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
-THE_SWEEPS_OWN = ("name", "resume", "cache_gib")
 NO_NUMBER = 1e30  # a learning rate after which every loss is NaN
 
 
-def sweep_file(path: Path, config: Config, space: str, head: str = "") -> Path:
-    """A sweep over `space` whose trials are otherwise `config`."""
-    settings = [
-        f'"{section}.{name}" = {json.dumps(value)}'
-        for section, fields in config.model_dump(mode="json").items()
-        for name, value in fields.items()
-        if value is not None and not isinstance(value, dict) and name not in THE_SWEEPS_OWN and name not in space
-    ]
-    path.write_text("\n".join([head, "[settings]", *settings, "[space]", space]) + "\n")
-    return path
-
-
-def trial_config(make_config: Any, output: Path, **changes: Any) -> Config:
-    config: Config = serial_config(
-        make_config, "any", rollout={"engine": "hf"}, trainer={"num_steps": STEPS}, **changes
-    )
-    return config.model_copy(update={"run": config.run.model_copy(update={"output": output, "name": None})})
+def short_config(make_config: Any, output: Path, **changes: Any) -> Config:
+    return trial_config(make_config, output, rollout={"engine": "hf"}, trainer={"num_steps": STEPS}, **changes)
 
 
 def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_config: Any, tmp_path: Path) -> None:
     """Two at a time: they take turns in one engine, and one that fails leaves the others alone."""
-    config = trial_config(make_config, tmp_path / "sweep")
+    config = short_config(make_config, tmp_path / "sweep")
     space = f'"trainer.learning_rate" = [1e-3, {NO_NUMBER}, 4e-3]'
     sweep = load_sweep(sweep_file(tmp_path / "lr.toml", config, space, "parallel = 2"))
     result = run_sweep(sweep)
@@ -82,7 +65,7 @@ def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_c
 def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
     make_config: Any, tmp_path: Path
 ) -> None:
-    config = trial_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
+    config = short_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
     config = config.model_copy(
         update={
             "objective": config.objective.model_copy(update={"on_policy_fraction": 0.0}),
@@ -122,7 +105,7 @@ def test_more_trials_at_a_time_than_fit_are_refused_with_the_most_that_do(make_c
 
 
 def sweep_of(make_config: Any, tmp_path: Path, **changes: Any) -> Sweep:
-    config = trial_config(make_config, tmp_path / "out", **changes)
+    config = short_config(make_config, tmp_path / "out", **changes)
     return load_sweep(sweep_file(tmp_path / "s.toml", config, '"trainer.learning_rate" = [1e-3]'))
 
 

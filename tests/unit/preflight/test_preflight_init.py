@@ -110,7 +110,7 @@ def test_a_smaller_device_gets_smaller_batches_and_then_checkpointing(tiny_world
         "evaluation": {"num_gpus": 0.1},
     }
     found = []
-    for percent in range(200, 100, -2):  # DeepSpeed's buffers alone take more than half of 2 GiB
+    for percent in range(200, 100, -6):  # DeepSpeed's buffers alone take more than half of 2 GiB
         try:
             found.append(fit_trainer(tree, devices, percent / 100))
         except ConfigError as error:
@@ -120,7 +120,7 @@ def test_a_smaller_device_gets_smaller_batches_and_then_checkpointing(tiny_world
     assert order == sorted(order)
     assert found[0] == (16, False)
     assert len(set(found)) >= 3
-    assert len(found) < 50, "the smallest device takes nothing"
+    assert len(found) < len(range(200, 100, -6)), "the smallest device takes nothing"
 
 
 def test_a_file_that_exists_is_not_overwritten(
