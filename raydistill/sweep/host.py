@@ -10,6 +10,7 @@ import asyncio
 import os
 import resource
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from raydistill.messages import EvalReport
 from raydistill.sweep.spec import Sweep
+from raydistill.sweep.state import SHARES
 
 STOP_TIMEOUT_S = 60.0
 CONSOLE_WIDTH = 160
@@ -32,6 +34,7 @@ class SweepHost:
         from raydistill.sweep.shared import SharedPools
 
         self._sweep, self._record_id = sweep, record_id
+        self._life = uuid.uuid4().hex[:8]
         self._pools = SharedPools(POOL_MAKERS, sweep.file.parallel)
         self._datasets: dict[str, Any] = {}
         self._reports: dict[str, asyncio.Queue[dict[str, float] | None]] = {}
@@ -44,7 +47,7 @@ class SweepHost:
     async def run(self, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
         """Run one trial, the base config with the values of `point`, to its end; an unfinished run of this name goes on.
 
-        Returns its summary as plain JSON types.
+        Returns its summary as plain JSON types, with what was shared so far (`shares`).
         """
         from raydistill.launch import Launch, RunSummary, Within
 
@@ -55,7 +58,7 @@ class SweepHost:
         finished = RunSummary.of_finished(folder)
         if finished is not None:  # it ended just before whoever asked for it did
             reports.put_nowait(None)
-            return finished.to_json()
+            return {**finished.to_json(), SHARES: await self.shares()}
 
         def tell(report: EvalReport) -> None:
             reports.put_nowait({"version": float(report.version), **report.metrics})
@@ -75,8 +78,7 @@ class SweepHost:
                 self._running.pop(name, None)
                 self._pools.release(name)
                 reports.put_nowait(None)
-        found: dict[str, Any] = summary.to_json()
-        return found
+        return {**summary.to_json(), SHARES: await self.shares()}
 
     async def next_report(self, name: str) -> dict[str, float] | None:
         """Wait for a trial's next evaluation; None: there are no more."""
@@ -101,9 +103,10 @@ class SweepHost:
         await asyncio.gather(*(self.stop(name) for name in list(self._running)), return_exceptions=True)
 
     async def shares(self) -> dict[str, Any]:
-        """What the trials shared so far: rows of the teachers, pools started, data sets read, this process's CPU-seconds."""
+        """What the trials shared in this host's life: rows of the teachers, pools started, data sets read, its CPU-seconds."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {
+            "life": self._life,
             "teacher_rows": await self._pools.teacher_rows(),
             "pools": self._pools.num_pools(),
             "datasets": len(self._datasets),

@@ -11,7 +11,7 @@ from rich.console import Console
 from raydistill.results.record_lines import read_record
 from raydistill.results.sweep_page import write_sweep_page
 from raydistill.sweep.spec import Sweep
-from raydistill.sweep.state import OVER, SweepState, Trial
+from raydistill.sweep.state import OVER, SHARES, SweepState, Trial
 from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_name
 
 
@@ -51,6 +51,7 @@ class SweepRecorder(Callback):
             )
         else:
             one = self.state.change(self._run(trial), status="finished", seconds=summary["seconds"])
+            self.state.share(summary[SHARES])
         value = one.metrics.get(self._sweep.file.metric)
         shown = "no value" if value is None else f"{value:.4g}"
         self._console.print(

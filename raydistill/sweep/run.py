@@ -76,8 +76,7 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
         with _host(sweep, record_id) as host, _sigterm_as_sigint():
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # Tune may have used a callback of an earlier life
-            state.shared = _total(state.shared, ray.get(host.shares.remote()))
-            state.save()
+            state.share(ray.get(host.shares.remote()))
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())
         for name, path in {"page": page.page, **page.plots}.items():
@@ -150,12 +149,6 @@ def check_parallel(config: Config, parallel: int, resources: Mapping[str, float]
                 f"{own:g} for each trial's trainer), the cluster has {there:g}; the most that fit are {most}: set "
                 f"--parallel {most}, lower trainer.{field}, or add nodes"
             )
-
-
-def _total(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What was shared over all lives of a sweep."""
-    rows = before.get("teacher_rows", {})
-    return {**now, "teacher_rows": {name: count + rows.get(name, 0) for name, count in now["teacher_rows"].items()}}
 
 
 def sharing_line(shared: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from raydistill.sweep.spec import Sweep
 STATE_FILE = "sweep.json"
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 OVER = ("finished", "stopped", "failed")
+SHARES = "shares"
+"""Of a trial's summary as its host tells it: what the host's trials shared so far."""
 
 
 @dataclass(kw_only=True)
@@ -36,12 +38,12 @@ class SweepState:
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         """head: name, metric, mode, fields (that vary), log_fields (of these, those on a log scale)."""
         self._path, self._head = folder / STATE_FILE, dict(head)
-        self.shared: dict[str, Any] = {}
+        self._shares: dict[str, Any] = {}  # by life of the host
         self.trials: dict[str, Trial] = {}
         if self._path.exists():
             found = read_state(folder)
             self.trials = {one["run"]: Trial(**one) for one in found["trials"]}
-            self.shared = found.get("shared", {})
+            self._shares = found.get(SHARES, {})
 
     @classmethod
     def of(cls, sweep: Sweep) -> SweepState:
@@ -65,10 +67,25 @@ class SweepState:
         self.save()
         return trial
 
+    def share(self, shares: Mapping[str, Any]) -> None:
+        """Take in what a host says of one of its lives; its newest word counts."""
+        self._shares[shares["life"]] = dict(shares)
+        self.save()
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the trials shared: the teachers' rows over all lives of the host, else its newest life."""
+        lives = list(self._shares.values())
+        rows = [life["teacher_rows"] for life in lives]
+        return (
+            {**lives[-1], "teacher_rows": {name: sum(one[name] for one in rows) for name in rows[0]}} if lives else {}
+        )
+
     def save(self) -> None:
         """Write the file; whole or not at all."""
         partial = self._path.with_suffix(".partial")
-        content = {**self._head, "trials": [asdict(trial) for trial in self.trials.values()], "shared": self.shared}
+        trials = [asdict(trial) for trial in self.trials.values()]
+        content = {**self._head, "trials": trials, "shared": self.shared, SHARES: self._shares}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(content, indent=1) + "\n")

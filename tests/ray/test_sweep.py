@@ -95,6 +95,7 @@ def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one
     assert resumed["step"] > 0, "it began anew"
     state = read_state(tmp_path / "out" / "sweeps" / "lr")
     assert [trial["status"] for trial in state["trials"]] == ["finished"] * 3
+    assert len(state["shares"]) == 2, "what the first life shared is not forgotten"
 
 
 def test_more_trials_at_a_time_than_fit_are_refused_with_the_most_that_do(make_config: Any) -> None:

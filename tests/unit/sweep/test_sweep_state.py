@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,26 @@ def test_the_state_goes_on_where_it_was(tmp_path: Path) -> None:
     ]
     assert found["trials"][0]["metrics"] == {"evaluate/kl_nats": 0.1}
     assert again.counts() == {"finished": 1, "running": 1}
+
+
+def test_rows_of_the_teachers_add_up_over_the_lives_of_a_host_and_each_life_counts_once(tmp_path: Path) -> None:
+    def life(name: str, computed: int, kept: int) -> dict[str, Any]:
+        return {
+            "life": name,
+            "teacher_rows": {"computed_rows": computed, "kept_rows": kept},
+            "pools": {"teachers": 1},
+            "cpu_s": 1.5 * computed,
+        }
+
+    state = SweepState(tmp_path, HEAD)
+    assert state.shared == {}
+    state.share(life("a", 100, 0))
+    state.share(life("a", 120, 80))
+    again = SweepState(tmp_path, HEAD)
+    again.share(life("b", 30, 200))
+    assert again.shared["teacher_rows"] == {"computed_rows": 150, "kept_rows": 280}
+    assert read_state(tmp_path)["shared"] == again.shared
+    assert again.shared["cpu_s"] == 45.0  # of the newest life
 
 
 def test_a_file_is_whole_or_the_one_before(tmp_path: Path) -> None:
