@@ -27,6 +27,8 @@ ENVIRONMENT = ENGINE_ENVIRONMENT | CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_S
 MAX_NEW_TOKENS = 48
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=0, max_new_tokens=MAX_NEW_TOKENS)
 LONG_GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=30, max_new_tokens=MAX_NEW_TOKENS)
+TURNS = (0, 1, 0, 2, 0, 1, 1)
+ADAPTERS_HELD = 2  # at once, by an engine that several runs share
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, min_new_tokens=4, max_new_tokens=MAX_NEW_TOKENS)
 
 
@@ -83,6 +85,29 @@ def sample_orders(engine: Any, prompts: TokenRows) -> dict[str, list[Completion]
         "alone": alone,
         "other seeds": engine.sample(prompts, SAMPLED, [seed + 1 for seed in seeds]),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One run asked among others: whether the engine still held its version, and what it said."""
+
+    version: int  # the place of its weights in the scenario
+    was_held: bool
+    scores_N: np.ndarray
+    greedy: list[Completion]
+
+
+def take_turns(engine: Any, scenario: Scenario, order: Sequence[int]) -> list[Turn]:
+    """A run for each version, asked in this order; a run loads its version where the engine does not hold it."""
+    turns = []
+    for version in order:
+        run = f"run of {version}"
+        was_held = engine.select(run)
+        if not was_held:
+            engine.load(run, scenario.versions[version], want_codes=False)
+        greedy = engine.sample(scenario.prompts, GREEDY, [0] * len(scenario.prompts))
+        turns.append(Turn(version=version, was_held=was_held, scores_N=engine.score(scenario.probes), greedy=greedy))
+    return turns
 
 
 def make_scenario(name: str, world: Any, spec: StudentSpec, **more: Any) -> Scenario:

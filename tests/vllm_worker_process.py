@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from engine_questions import MAX_NEW_TOKENS, Scenario, ask, sample_orders
+from engine_questions import ADAPTERS_HELD, MAX_NEW_TOKENS, TURNS, Scenario, ask, sample_orders, take_turns
 
 from raydistill.actors.vllm_settings import ENGINE_ENVIRONMENT
 from raydistill.config import RolloutSection
@@ -34,7 +34,7 @@ def build(scenario: Scenario) -> Any:
         num_gpus=scenario.num_gpus,
         gpu_memory_utilization=0.3,
     )
-    return VllmEngine(scenario.spec, section, 192, scenario.eos_ids, scenario.sampled_ids)
+    return VllmEngine(scenario.spec, section, 192, scenario.eos_ids, scenario.sampled_ids, ADAPTERS_HELD)
 
 
 def play(scenario: Scenario, engine: Any) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def play(scenario: Scenario, engine: Any) -> dict[str, Any]:
         "answers": answers,
         "repeated": repeated,
         "orders": sample_orders(engine, scenario.prompts),
+        "turns": take_turns(engine, scenario, TURNS),
         "weights_kept": engine.weights_kept,
         "ranks": [child.pid for child in multiprocessing.active_children()],
     }

@@ -180,6 +180,18 @@ def test_repeating_a_load_changes_nothing(name: str, vllm: Any) -> None:
     assert ids(last.greedy) == ids(repeated.greedy)
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_runs_that_share_an_engine_are_answered_by_their_own_weights(name: str, vllm: Any) -> None:
+    """Served, the adapters of two runs are held at once: a third takes the place of the one that was asked longest ago."""
+    answers, turns = vllm(name)["answers"], vllm(name)["turns"]
+    assert [turn.version for turn in turns] == [0, 1, 0, 2, 0, 1, 1]
+    held = [False, False, True, False, True, False, True] if name == "served" else [*[False] * 6, True]
+    assert [turn.was_held for turn in turns] == held
+    for turn in turns:
+        np.testing.assert_allclose(turn.scores_N, answers[turn.version].scores_N, atol=1e-6)
+        assert ids(turn.greedy) == ids(answers[turn.version].greedy)
+
+
 @pytest.mark.parametrize("name", FLOAT32)
 def test_greedy_completions_equal_those_of_transformers(name: str, vllm: Any, transformers_answers: Any) -> None:
     for mine, reference in zip(vllm(name)["answers"], transformers_answers(name), strict=True):
