@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from run_helpers import QUIET, losses, sweep_file, trial_config, wait_for_step
 
+from raydistill.cli import EXIT_INTERRUPTED
 from raydistill.config import Config
 from raydistill.errors import ResourceError, UserError
 from raydistill.launch import run
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
+STEPS_OF_A_STOPPED_SWEEP = 40  # so many that a signal is heard before they are over
 NO_NUMBER = 1e30  # a learning rate after which every loss is NaN
 
 
@@ -62,14 +64,15 @@ def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_c
         run_sweep(sweep)
 
 
-def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
+def test_a_killed_or_stopped_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
     make_config: Any, tmp_path: Path
 ) -> None:
+    """Three lives of one command: the first is killed in the second trial, the second stopped in the third."""
     config = short_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
     config = config.model_copy(
         update={
             "objective": config.objective.model_copy(update={"on_policy_fraction": 0.0}),
-            "trainer": config.trainer.model_copy(update={"num_steps": 12}),
+            "trainer": config.trainer.model_copy(update={"num_steps": STEPS_OF_A_STOPPED_SWEEP}),
         }
     )
     file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3, 4e-3]')
@@ -77,25 +80,30 @@ def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     runs = tmp_path / "out" / "runs"
     with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_for_step(runs / "lr-001", 4)
-        finally:
-            first.send_signal(signal.SIGKILL)
-            first.wait(30)
+        codes = []
+        for trial, number in (("lr-001", signal.SIGKILL), ("lr-002", signal.SIGTERM)):
+            sweep = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            try:
+                wait_for_step(runs / trial, 4)
+            finally:
+                sweep.send_signal(number)
+                codes.append(sweep.wait(120))
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=400, check=False)
-    assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+    text = (tmp_path / "log").read_text()
+    assert [*codes, done.returncode] == [-signal.SIGKILL, EXIT_INTERRUPTED, 0], text[-3000:]
+    assert "stopped with 1 of 3 trials to go; the same command goes on from there" in text
     kinds = {name: [line["kind"] for line in read_record(runs / name)] for name in ("lr-000", "lr-001", "lr-002")}
     assert {name: [of.count("start"), of.count("step"), of.count("resume")] for name, of in kinds.items()} == {
-        "lr-000": [1, 12, 0],
-        "lr-001": [1, 12, 1],
-        "lr-002": [1, 12, 0],
+        "lr-000": [1, STEPS_OF_A_STOPPED_SWEEP, 0],
+        "lr-001": [1, STEPS_OF_A_STOPPED_SWEEP, 1],
+        "lr-002": [1, STEPS_OF_A_STOPPED_SWEEP, 1],
     }
-    (resumed,) = [line for line in read_record(runs / "lr-001") if line["kind"] == "resume"]
-    assert resumed["step"] > 0, "it began anew"
+    for name in ("lr-001", "lr-002"):
+        (resumed,) = [line for line in read_record(runs / name) if line["kind"] == "resume"]
+        assert resumed["step"] > 0, "it began anew"
     state = read_state(tmp_path / "out" / "sweeps" / "lr")
     assert [trial["status"] for trial in state["trials"]] == ["finished"] * 3
-    assert len(state["shares"]) == 2, "what the first life shared is not forgotten"
+    assert len(state["shares"]) == 3, "what earlier lives shared is not forgotten"
 
 
 def test_more_trials_at_a_time_than_fit_are_refused_with_the_most_that_do(make_config: Any) -> None:
