@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def measure_run(config: Any, pools: Any, results: dict[str, Any]) -> None:
     """One short run; its syncs and its stage times."""
     from raydistill.launch import run
-    from raydistill.results.plots import plot_spans
+    from raydistill.report.plots import plot_spans
     from raydistill.results.record import read_record, read_spans
     from raydistill.results.timeline import overlap_seconds, wall_seconds
 

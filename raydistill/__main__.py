@@ -26,11 +26,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "sweep": ("raydistill.sweep.command", "sweep_command", "many runs of one config on one cluster, compared"),
     "ptq": ("raydistill.ptq.command", "ptq_command", "quantize without training: rounding, GPTQ, AWQ"),
     "results": (
-        "raydistill.results.listing",
+        "raydistill.report.listing",
         "results_command",
         "list, filter, show, compare, export and report runs; --ui opens MLflow's page",
     ),
-    "watch": ("raydistill.results.watch", "watch_command", "a run in the terminal while it trains"),
+    "watch": ("raydistill.report.watch", "watch_command", "a run in the terminal while it trains"),
     "init": (
         "raydistill.preflight.init",
         "init_command",

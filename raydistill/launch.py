@@ -300,7 +300,7 @@ class Launch:
     async def _export(self, record: RunRecord, attempt: Attempt, keeper: Any, outcome: Any) -> RunSummary:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
         from raydistill.recovery.checkpoint import read_description
-        from raydistill.results.plots import plot_spans, plot_training
+        from raydistill.report.plots import plot_spans, plot_training
         from raydistill.results.record import read_record, read_spans
         from raydistill.results.record_lines import evaluations_of
         from raydistill.results.timeline import bottleneck, stage_times

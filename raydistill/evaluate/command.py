@@ -72,7 +72,7 @@ def print_comparison(rows: Sequence[SummaryRow]) -> None:
 
 def plot_curve(plan: Plan, rows: Sequence[SummaryRow], path: Path | None) -> Path:
     """The PNG of `--every-checkpoint`: where it is asked for, or among the run's plots."""
-    from raydistill.results.plot_checkpoints import plot_checkpoints
+    from raydistill.report.plot_checkpoints import plot_checkpoints
 
     by_name = {row.name: row for row in rows}
     steps = {version_of(target): by_name[target.name] for target in plan.targets}

@@ -1,1 +1,1 @@
-"""Results: the run's own record, its delivery to MLflow, tables and plots. The only room that imports mlflow."""
+"""Results: the run's own record, its delivery to the store, queries, table rows. The only room that imports mlflow."""

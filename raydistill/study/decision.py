@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raydistill.evaluate.paired import EXACT_MATCH, KL, PairedDifference, RowValues, paired_test
+from raydistill.report.verdict import Compare, Difference, difference
 from raydistill.results.tables import Role, SummaryRow, format_bytes, format_kl
-from raydistill.results.verdict import Compare, Difference, difference
 
 if TYPE_CHECKING:
     from rich.table import Table

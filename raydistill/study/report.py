@@ -92,8 +92,8 @@ def reference_of(baselines: Sequence[Baseline], width: str) -> str | None:
 
 def write_report(inputs: ReportInputs, console: Console) -> Report:
     """Table, plots, words; written to the study's folder and recorded."""
-    from raydistill.results.plots import plot_bytes_kl
-    from raydistill.results.verdict import next_steps, verdict
+    from raydistill.report.plots import plot_bytes_kl
+    from raydistill.report.verdict import next_steps, verdict
 
     rows, values, spread = merge_seeds(inputs.rows, inputs.values, inputs.runs_of_arm)
     reference = reference_of(inputs.baselines, inputs.config.quant.format)

@@ -8,8 +8,8 @@ from typing import Any
 from ray.tune import Callback
 from rich.console import Console
 
+from raydistill.report.sweep_page import write_sweep_page
 from raydistill.results.record_lines import read_record
-from raydistill.results.sweep_page import write_sweep_page
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SHARES, SweepState, Trial
 from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_name

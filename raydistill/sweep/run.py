@@ -23,11 +23,11 @@ from raydistill.launch import start_cluster
 from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
 from raydistill.preflight.storage import check_writable
 from raydistill.recovery.resume import LOCK, locked
+from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import start_delivery
 from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import recorded
 from raydistill.results.store import default_uri
-from raydistill.results.sweep_page import SweepPage, write_sweep_page
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.recorder import SweepRecorder
 from raydistill.sweep.spec import Sweep

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from postgres import PASSWORD, Postgres, binaries, postgres
 
+from raydistill.report.listing import results_command
 from raydistill.results.deliver import deliver, main, start_delivery
-from raydistill.results.listing import results_command
 from raydistill.results.query import list_runs
 from raydistill.results.record import RunRecord, read_record
 from raydistill.results.record_lines import start_of

@@ -7,7 +7,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from recorded_pages import write_run, write_sweep
 
-from raydistill.results.listing import results_command
+from raydistill.report.listing import results_command
 
 pytestmark = [
     pytest.mark.engine,

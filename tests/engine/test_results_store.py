@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from raydistill.messages import EvalReport, Span
+from raydistill.report.listing import results_command
 from raydistill.results.deliver import deliver, start_delivery
 from raydistill.results.delivery import STATE_FILE, read_state
-from raydistill.results.listing import results_command
 from raydistill.results.query import list_runs, sort_runs
 from raydistill.results.record import RunRecord
 from raydistill.results.store import ResultsStore, default_uri
@@ -191,7 +191,7 @@ def test_the_page_answers_on_this_machine_and_ctrl_c_ends_all_its_processes(tmp_
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "import sys; from raydistill.results.listing import results_command; sys.exit(results_command(sys.argv[1:]))"
+    code = "import sys; from raydistill.report.listing import results_command; sys.exit(results_command(sys.argv[1:]))"
     page = subprocess.Popen(
         [sys.executable, "-c", code, "--output", str(tmp_path), "--ui", "--port", str(port)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},

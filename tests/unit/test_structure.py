@@ -51,7 +51,8 @@ MUST_NOT_IMPORT = {
     "raydistill.actors": ("raydistill.trainer", "raydistill.loop"),
     "raydistill.trainer": ("raydistill.actors", "raydistill.loop"),
     "raydistill.data": ("raydistill.actors", "raydistill.trainer", "raydistill.loop", "raydistill.results"),
-    "raydistill.results": ("raydistill.actors", "raydistill.trainer", "raydistill.loop"),
+    "raydistill.results": ("raydistill.actors", "raydistill.trainer", "raydistill.loop", "raydistill.report"),
+    "raydistill.report": ("raydistill.actors", "raydistill.trainer", "raydistill.loop"),
     "raydistill": ("tune",),
 }
 

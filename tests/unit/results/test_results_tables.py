@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from raydistill.report.verdict import Difference, difference, next_steps, verdict
 from raydistill.results.tables import (
     Role,
     SummaryRow,
@@ -16,7 +17,6 @@ from raydistill.results.tables import (
     format_kl,
     recovered_share,
 )
-from raydistill.results.verdict import Difference, difference, next_steps, verdict
 
 
 def row(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.messages import Span
-from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, paper, save_figure, stage_legend
+from raydistill.report.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, paper, save_figure, stage_legend
 from raydistill.results.timeline import WAIT, bottleneck, overlap_seconds, wall_seconds
 
 if TYPE_CHECKING:

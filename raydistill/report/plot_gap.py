@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raydistill.results.plot_style import log_axis, new_figure, paper, save_figure, whole_steps
+from raydistill.report.plot_style import log_axis, new_figure, paper, save_figure, whole_steps
 
 _MARKED = 60  # so many points or fewer are marked
 

@@ -13,18 +13,18 @@ from typing import Any
 
 from raydistill.config import Config
 from raydistill.config.fields import config_fields, config_sections
-from raydistill.results.curves import panels_of, plot_panel
-from raydistill.results.page import Cell, PageTable, Picture, cell, picture, plain, render, table_of
-from raydistill.results.plot_gap import plot_policy_gap
-from raydistill.results.plot_style import STAGE_COLOURS
-from raydistill.results.plots import plot_bytes_kl, plot_spans
+from raydistill.report.curves import panels_of, plot_panel
+from raydistill.report.page import Cell, PageTable, Picture, cell, picture, plain, render, table_of
+from raydistill.report.plot_gap import plot_policy_gap
+from raydistill.report.plot_style import STAGE_COLOURS
+from raydistill.report.plots import plot_bytes_kl, plot_spans
+from raydistill.report.run_view import COMPARISON, Measured, RunView, summary_rows
+from raydistill.report.summary import format_seconds, percent, sentences
+from raydistill.report.verdict import next_steps, verdict
 from raydistill.results.record_lines import read_record
-from raydistill.results.run_view import COMPARISON, Measured, RunView, summary_rows
-from raydistill.results.summary import format_seconds, percent, sentences
 from raydistill.results.tables import SummaryRow, comparison_cells, comparison_columns, format_bytes, format_kl
 from raydistill.results.timeline import bottleneck, overlap_seconds, stage_times, wall_seconds
 from raydistill.results.translate import leaves
-from raydistill.results.verdict import next_steps, verdict
 
 _STUDY = re.compile(r"(\d{8}-\d{6})-(.+)")  # a study's runs share their time: 20260131-235959-student
 _MAX_SAMPLES = 12

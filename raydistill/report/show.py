@@ -9,10 +9,10 @@ from typing import Any
 
 from raydistill.cli import command_parser, print_table
 from raydistill.errors import UserError
-from raydistill.results.choosing import Runs, add_store_arguments
-from raydistill.results.run_view import RunView, view_of
+from raydistill.report.choosing import Runs, add_store_arguments
+from raydistill.report.run_view import RunView, view_of
+from raydistill.report.summary import ending
 from raydistill.results.runs import RunRow
-from raydistill.results.summary import ending
 
 EXAMPLES = """\
 examples:

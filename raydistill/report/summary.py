@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raydistill.report.run_view import Measured, MetricHistory, RunView
+from raydistill.report.verdict import next_steps, verdict
 from raydistill.results.query import higher_is_better
-from raydistill.results.run_view import Measured, MetricHistory, RunView
 from raydistill.results.tables import SummaryRow
-from raydistill.results.verdict import next_steps, verdict
 
 _NAMES = {
     "evaluate/kl_nats": "KL to the teacher",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydistill.results.plot_style import new_figure, save_figure, whole_steps
+from raydistill.report.plot_style import new_figure, save_figure, whole_steps
 from raydistill.results.tables import Measure, SummaryRow
 
 if TYPE_CHECKING:

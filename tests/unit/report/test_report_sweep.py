@@ -10,13 +10,13 @@ import pytest
 from recorded_pages import HOSTILE, trial, write_sweep
 
 from raydistill.errors import UserError
-from raydistill.results import sweep_page
-from raydistill.results.importance import importance
-from raydistill.results.page import Picture
-from raydistill.results.report import sweep_folder
-from raydistill.results.sweep import Estimate, ranked, read_sweep
-from raydistill.results.sweep_page import table_markdown, table_rows, write_sweep_page
-from raydistill.results.sweep_plots import field_of_curve, short_names
+from raydistill.report import sweep_page
+from raydistill.report.importance import importance
+from raydistill.report.page import Picture
+from raydistill.report.report import sweep_folder
+from raydistill.report.sweep import Estimate, ranked, read_sweep
+from raydistill.report.sweep_page import table_markdown, table_rows, write_sweep_page
+from raydistill.report.sweep_plots import field_of_curve, short_names
 
 
 def points_of(folder: Path) -> Any:

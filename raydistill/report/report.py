@@ -8,8 +8,8 @@ from pathlib import Path
 
 from raydistill.cli import command_parser
 from raydistill.errors import UserError
-from raydistill.results.choosing import Runs, add_store_arguments
-from raydistill.results.sweep import SWEEP_FILE
+from raydistill.report.choosing import Runs, add_store_arguments
+from raydistill.report.sweep import SWEEP_FILE
 
 EXAMPLES = """\
 examples:
@@ -52,7 +52,7 @@ def sweep_folder(wanted: str, output: Path) -> Path | None:
 
 
 def _sweep_report(folder: Path, to: Path | None) -> Path:
-    from raydistill.results.sweep_page import write_sweep_page
+    from raydistill.report.sweep_page import write_sweep_page
 
     page = write_sweep_page(folder).page
     return Path(shutil.copyfile(page, to)) if to and to.absolute() != page.absolute() else page
@@ -61,9 +61,9 @@ def _sweep_report(folder: Path, to: Path | None) -> Path:
 def _run_report(wanted: str, runs: Runs, to: Path | None) -> Path:
     row = runs.find(wanted)
     lines = runs.record_of(row)
-    from raydistill.results.page import write_whole_text
-    from raydistill.results.run_page import run_page
-    from raydistill.results.run_view import view_of
+    from raydistill.report.page import write_whole_text
+    from raydistill.report.run_page import run_page
+    from raydistill.report.run_view import view_of
 
     here = row.folder if row.folder is not None and row.folder.is_dir() else None
     if to is None and here is None:

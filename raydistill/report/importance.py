@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydistill.results.sweep import Point, Sweep
+from raydistill.report.sweep import Point, Sweep
 
 FEWEST_POINTS = 4
 _NUM_TREES = 64

@@ -10,7 +10,7 @@ from typing import Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.errors import UserError
-from raydistill.results.choosing import Runs, add_store_arguments
+from raydistill.report.choosing import Runs, add_store_arguments
 from raydistill.results.record_lines import Line
 from raydistill.results.runs import RunRow
 
@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 def _draw(runs: Runs, chosen: Mapping[str, RunRow], path: Path) -> Path | None:
     """The curves of those runs whose record can be read."""
-    from raydistill.results.curves import plot_curves
+    from raydistill.report.curves import plot_curves
 
     records: dict[str, list[Line]] = {}
     for title, run in chosen.items():

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydistill.messages import Span
+from raydistill.report.run_view import Measured
 from raydistill.results.names import STANDARD_ERROR
 from raydistill.results.record_lines import Line, spans_of
-from raydistill.results.run_view import Measured
 from raydistill.results.timeline import stage_times, wall_seconds
 
 RECENT_STEPS = 20  # over which stages and the time of a step are looked at

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.messages import Span
-from raydistill.results.plot_labels import place_labels
-from raydistill.results.plot_spans import plot_spans
-from raydistill.results.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, paper, save_figure, stage_legend
+from raydistill.report.plot_labels import place_labels
+from raydistill.report.plot_spans import plot_spans
+from raydistill.report.plot_style import STAGE_COLOURS, WAIT_HATCH, new_figure, paper, save_figure, stage_legend
 from raydistill.results.record_lines import spans_of
 from raydistill.results.tables import SummaryRow, format_bytes
 from raydistill.results.timeline import WAIT, stage_seconds_per_step

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.errors import UserError
-from raydistill.results.choosing import WHERE_HELP, Runs, add_store_arguments
+from raydistill.report.choosing import WHERE_HELP, Runs, add_store_arguments
 from raydistill.results.names import Field, Names
 from raydistill.results.provenance import scrub
 from raydistill.results.query import DEFAULT_SORT, sort_runs
@@ -21,17 +21,17 @@ from raydistill.results.runs import RunRow
 
 SUB_VERBS: dict[str, tuple[str, str, str]] = {
     "show": (
-        "raydistill.results.show",
+        "raydistill.report.show",
         "show_command",
         "one run: settings, metrics, tables, warnings, where things lie",
     ),
     "compare": (
-        "raydistill.results.compare",
+        "raydistill.report.compare",
         "compare_command",
         "two or more: what differs, metrics, curves over each other",
     ),
-    "export": ("raydistill.results.table_files", "export_command", "all of them as CSV, Parquet or markdown"),
-    "report": ("raydistill.results.report", "report_command", "a run or a sweep as one HTML page"),
+    "export": ("raydistill.report.table_files", "export_command", "all of them as CSV, Parquet or markdown"),
+    "report": ("raydistill.report.report", "report_command", "a run or a sweep as one HTML page"),
 }
 SHOWN_METRICS = ("evaluate/exact_match", "evaluate/kl_nats", "evaluate/perplexity")
 SHOWN_SETTINGS = ("quant.format", "objective.on_policy_fraction", "objective.beta")
@@ -66,7 +66,7 @@ def results_command(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     runs = Runs(arguments)
     if arguments.ui:
-        from raydistill.results.web import serve_page
+        from raydistill.report.web import serve_page
 
         return serve_page(runs.uri, arguments.port)
     found = sort_runs(runs.matching(arguments.where), arguments.sort)[: arguments.limit]

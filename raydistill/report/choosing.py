@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from raydistill.errors import UserError
+from raydistill.report.where import matching
 from raydistill.results.query import find_run, list_runs, require_store
 from raydistill.results.record_lines import RECORD_FILE, Line, read_record, require_start, start_of
 from raydistill.results.runs import RunRow, row_of_record
 from raydistill.results.store import default_uri, sqlite_path
-from raydistill.results.where import matching
 
 WHERE_HELP = "only these, for example 'quant.format = \"int2\" and trainer.learning_rate > 1e-4 and kl < 0.01'"
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from raydistill.errors import UserError
+from raydistill.report.where import matching, parse
 from raydistill.results.names import Names
 from raydistill.results.runs import RunRow, typed_setting
-from raydistill.results.where import matching, parse
 
 
 def run(name: str, settings: dict[str, Any], metrics: dict[str, float], **tags: str) -> RunRow:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.results.importance import Importance, importance
-from raydistill.results.page import Cell, PageTable, Picture, cell, picture, plain, render, write_whole_text
-from raydistill.results.summary import format_seconds
-from raydistill.results.sweep import SEED, Point, Sweep, ranked, read_sweep
-from raydistill.results.sweep_plots import field_of_curve, plot_over_field, plot_parallel, short_names
-from raydistill.results.verdict import Z_95
+from raydistill.report.importance import Importance, importance
+from raydistill.report.page import Cell, PageTable, Picture, cell, picture, plain, render, write_whole_text
+from raydistill.report.summary import format_seconds
+from raydistill.report.sweep import SEED, Point, Sweep, ranked, read_sweep
+from raydistill.report.sweep_plots import field_of_curve, plot_over_field, plot_parallel, short_names
+from raydistill.report.verdict import Z_95
 
 _LONGEST_ERROR = 300
 

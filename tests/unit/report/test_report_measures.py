@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raydistill.results.plot_checkpoints import plot_checkpoints
+from raydistill.report.plot_checkpoints import plot_checkpoints
 from raydistill.results.tables import (
     Measure,
     SummaryRow,

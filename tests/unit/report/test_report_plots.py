@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from raydistill.messages import Span
-from raydistill.results.plot_labels import place_labels
-from raydistill.results.plots import plot_bytes_kl, plot_spans, plot_training
+from raydistill.report.plot_labels import place_labels
+from raydistill.report.plots import plot_bytes_kl, plot_spans, plot_training
 from raydistill.results.tables import SummaryRow
 
 

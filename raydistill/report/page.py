@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill import __version__
-from raydistill.results.plot_style import DARK, LIGHT, drawn_on
+from raydistill.report.plot_style import DARK, LIGHT, drawn_on
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

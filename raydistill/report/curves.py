@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydistill.report.plot_style import log_axis, new_grid, new_panel, paper, save_figure, whole_steps
 from raydistill.results.names import HELD_OUT, STANDARD_ERROR
-from raydistill.results.plot_style import log_axis, new_grid, new_panel, paper, save_figure, whole_steps
 from raydistill.results.record_lines import Line
 
 if TYPE_CHECKING:

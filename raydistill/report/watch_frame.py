@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raydistill.results.plot_style import STAGE_COLOURS
-from raydistill.results.summary import format_seconds
-from raydistill.results.watch_state import RECENT_STEPS, WatchState
+from raydistill.report.plot_style import STAGE_COLOURS
+from raydistill.report.summary import format_seconds
+from raydistill.report.watch_state import RECENT_STEPS, WatchState
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 48

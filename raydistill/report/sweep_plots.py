@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydistill.results.plot_style import log_axis, new_figure, paper, save_figure
-from raydistill.results.sweep import Point, Sweep
+from raydistill.report.plot_style import log_axis, new_figure, paper, save_figure
+from raydistill.report.sweep import Point, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

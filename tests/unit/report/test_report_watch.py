@@ -10,11 +10,11 @@ from rich.console import Console
 
 from raydistill.errors import UserError
 from raydistill.messages import EvalReport, LoadReport, Span
-from raydistill.results import watch
+from raydistill.report import watch
+from raydistill.report.watch_frame import frame, sparkline
+from raydistill.report.watch_state import WatchState
 from raydistill.results.follow import RecordFollower
 from raydistill.results.record import RunRecord
-from raydistill.results.watch_frame import frame, sparkline
-from raydistill.results.watch_state import WatchState
 
 
 def started(folder: Path, num_steps: int = 10) -> RunRecord:

@@ -12,8 +12,8 @@ from typing import Any
 
 from raydistill.cli import command_parser, console
 from raydistill.errors import UserError
-from raydistill.results.choosing import WHERE_HELP, Runs, add_store_arguments
-from raydistill.results.listing import columns_of
+from raydistill.report.choosing import WHERE_HELP, Runs, add_store_arguments
+from raydistill.report.listing import columns_of
 from raydistill.results.names import Field, Names
 from raydistill.results.query import DEFAULT_SORT, sort_runs
 

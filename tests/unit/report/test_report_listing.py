@@ -12,9 +12,9 @@ import pytest
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.messages import EvalReport, Span
-from raydistill.results import choosing
-from raydistill.results.compare import compare, titles_of
-from raydistill.results.listing import results_command
+from raydistill.report import choosing
+from raydistill.report.compare import compare, titles_of
+from raydistill.report.listing import results_command
 from raydistill.results.query import find_run, list_runs, sort_runs
 from raydistill.results.record import RunRecord
 from raydistill.results.runs import RunRow, row_of_record
@@ -260,8 +260,8 @@ def test_a_tracking_server_is_named_in_place_of_a_second_page(capsys: pytest.Cap
 def test_help_and_the_driver_side_load_no_heavy_library() -> None:
     code = (
         "import sys\n"
-        "from raydistill.results import compare, deliver, listing, plots, record, report, show, sweep_page, tables\n"
-        "from raydistill.results import table_files, verdict, watch\n"
+        "from raydistill.report import compare, listing, plots, report, show, sweep_page, table_files, verdict, watch\n"
+        "from raydistill.results import deliver, record, tables\n"
         "for verb in ([], ['show'], ['compare'], ['export'], ['report']):\n"
         "    try:\n        listing.results_command([*verb, '--help'])\n"
         "    except SystemExit:\n        pass\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from raydistill.cli import command_parser
 from raydistill.errors import UserError
+from raydistill.report.watch_state import WatchState
 from raydistill.results.follow import RecordFollower
 from raydistill.results.record_lines import RECORD_FILE, require_start
 from raydistill.results.run_folders import run_folders
-from raydistill.results.watch_state import WatchState
 
 SUMMARY = """\
 Watch a run: progress, losses, evaluations, who is busy and who waits, warnings, the last sample completions.
@@ -74,7 +74,7 @@ def _follow(folder: Path, once: bool, every_s: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from raydistill.results.watch_frame import frame
+    from raydistill.report.watch_frame import frame
 
     follower, state = RecordFollower(folder), WatchState()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)

@@ -11,13 +11,13 @@ import pytest
 from recorded_pages import HOSTILE, summary_rows, write_run
 
 from raydistill.errors import UserError
-from raydistill.results import run_page
-from raydistill.results.listing import results_command
-from raydistill.results.page import Picture, cell, plain, table_of
+from raydistill.report import run_page
+from raydistill.report.listing import results_command
+from raydistill.report.page import Picture, cell, plain, table_of
+from raydistill.report.run_page import comparison_of
+from raydistill.report.run_view import RunView, view_of
+from raydistill.report.summary import ending, format_seconds, sentences, what_was_done
 from raydistill.results.record import RunRecord, read_record
-from raydistill.results.run_page import comparison_of
-from raydistill.results.run_view import RunView, view_of
-from raydistill.results.summary import ending, format_seconds, sentences, what_was_done
 from raydistill.results.tables import comparison_json, with_error
 
 
