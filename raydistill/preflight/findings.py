@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from raydistill.config import DataSection
+from raydistill.config import DataSection, ResultsSection
 from raydistill.errors import ResourceError, RunError, UserError
 from raydistill.preflight.storage import check_room
-from raydistill.results.sinks import check_sinks
+from raydistill.results.reachable import silence_of
+from raydistill.results.sinks import check_results
 from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def findings_of(inputs: RunInputs) -> list[Finding]:
     found = [*model_findings(inputs), memory_finding(plan)]
     found += guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable))])
     found += guarded("ports", lambda: [Finding(check="ports", status="ok", text=check_ports())])
-    found += guarded("results", lambda: [Finding(check="results", status="ok", text=check_sinks(config.results))])
+    found += guarded("results", lambda: results_findings(config.results))
     return found
 
 
@@ -49,6 +50,16 @@ def guarded(check: str, examine: Callable[[], list[Finding]]) -> list[Finding]:
         return examine()
     except (UserError, RunError) as error:
         return [Finding(check=check, status="problem", text=str(error))]
+
+
+def results_findings(results: ResultsSection) -> list[Finding]:
+    """Where results go. A store that is down is worth a word, and no reason to wait: what it misses is kept for it."""
+    text = check_results(results)
+    silence = silence_of(results.uri) if results.uri is not None else None
+    if silence is None:
+        return [Finding(check="results", status="ok", text=text)]
+    kept = "training goes on without it, and what it misses is delivered once it answers"
+    return [Finding(check="results", status="warning", text=f"results.uri does not answer ({silence}): {kept}")]
 
 
 def model_findings(inputs: RunInputs) -> list[Finding]:

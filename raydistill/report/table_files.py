@@ -56,9 +56,8 @@ def export_command(argv: Sequence[str]) -> int:
         if path:
             columns = shown if kind == "markdown" else everything
             _WRITERS[kind]([{column.label: column.of(run) for column in columns} for run in runs], columns, path)
-    console.print(
-        f"{len(runs)} runs: {', '.join(path for path in wanted.values() if path and path != '-')}", style="dim"
-    )
+    if files := [path for path in wanted.values() if path and path != "-"]:
+        console.print(f"{len(runs)} runs: {', '.join(files)}", style="dim")
     return 0
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import UserError
 from raydistill.results.names import Names
 from raydistill.results.provenance import scrub
 from raydistill.results.runs import RUN_TAG, RunRow, typed_setting
 from raydistill.results.store import PARENT_TAG, RECORD_ID_TAG, open_client, sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 DEFAULT_SORT = "evaluate/kl_nats"
 _HIGHER_IS_BETTER = (
@@ -22,9 +26,13 @@ _PAGE = 500
 
 
 def list_runs(uri: str, experiment: str | None = None) -> list[RunRow]:
-    """All runs of a store (of one experiment) with their last metrics."""
+    """All runs of a store (of one experiment) with their last metrics. UserError where the store does not answer."""
     require_store(uri)
-    client = open_client(uri)
+    with _answering(uri):
+        return _list_runs(open_client(uri), uri, experiment)
+
+
+def _list_runs(client: MlflowClient, uri: str, experiment: str | None) -> list[RunRow]:
     experiments = list(client.search_experiments())
     if experiment is not None:
         names = sorted(one.name for one in experiments)
@@ -42,6 +50,21 @@ def list_runs(uri: str, experiment: str | None = None) -> list[RunRow]:
             break
     run_names = {run.info.run_id: run.info.run_name for run in found}
     return [_row(run, run_names) for run in found]
+
+
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """What libraries raise about a store that is down, or that they do not know, as one line."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the results store {scrub(uri)} does not answer ({scrub(reason)}); start it, or name another one with --uri"
+        ) from error
 
 
 def require_store(uri: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from raydistill.config import ResultsSection
 from raydistill.errors import UserError
 from raydistill.results.provenance import scrub
+from raydistill.results.reachable import check_uri
 from raydistill.results.translate import Parcel
 
 _FINAL = "complete"  # in a sink's folder: the run_id that it holds to its end
@@ -182,8 +183,10 @@ def sink_state_file(name: str) -> str:
     return f"delivered-{name}.json"
 
 
-def check_sinks(results: ResultsSection) -> str:
-    """A line about where the results go; UserError if a sink's library is missing."""
+def check_results(results: ResultsSection) -> str:
+    """A line about where the results go; UserError if the store cannot be one, or if a sink's library is missing."""
+    if results.uri is not None:
+        check_uri(results.uri)
     for name in results.sinks:
         module, package = _NEEDS[name]
         if find_spec(module) is None:

@@ -27,6 +27,7 @@ from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import start_delivery
 from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import recorded
+from raydistill.results.sinks import check_results
 from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.recorder import SweepRecorder
@@ -52,6 +53,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
     """Run a sweep, or what is left of it. Raises UserError before anything starts, SweepStopped if it was interrupted."""
     require_inputs(sweep.base)
     check_writable(sweep.base)
+    check_results(sweep.base.results)
     if anew:
         _set_aside(sweep.folder)
     with locked(sweep.folder):

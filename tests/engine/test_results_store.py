@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydistill.errors import UserError
 from raydistill.messages import EvalReport, Span
 from raydistill.report.listing import results_command
 from raydistill.results.deliver import deliver, start_delivery
@@ -148,6 +149,12 @@ def test_a_store_that_stays_down_does_not_hold_up_the_driver(tmp_path: Path) -> 
     assert not handle.finish(2)
     assert time.monotonic() - begin < 10
     assert handle.process.poll() is not None
+
+
+def test_a_store_that_does_not_answer_is_one_line_to_its_reader() -> None:
+    for uri in ("http://127.0.0.1:9", "foo://here"):
+        with pytest.raises(UserError, match=rf"the results store {uri} does not answer \(.*; start it"):
+            list_runs(uri)
 
 
 def test_the_delivery_of_a_killed_driver_ends_by_itself(tmp_path: Path) -> None:

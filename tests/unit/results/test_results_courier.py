@@ -21,7 +21,7 @@ from raydistill.results.delivery import read_state
 from raydistill.results.record import RunRecord
 from raydistill.results.record_lines import start_of
 from raydistill.results.run_folders import LOCK, is_at_work, run_folders
-from raydistill.results.sinks import SINKS, Sink, check_sinks
+from raydistill.results.sinks import SINKS, Sink, check_results
 from raydistill.results.store import default_uri
 from raydistill.results.translate import Parcel
 
@@ -272,13 +272,13 @@ def test_a_sink_that_fails_does_not_hold_up_the_store_and_gets_everything_later(
 def test_sinks_are_those_of_the_config() -> None:
     assert ResultsSection(sinks=tuple(SINKS)).sinks == tuple(SINKS)  # type: ignore[arg-type]
     assert all(issubclass(sink, Sink) for sink in SINKS.values())
-    assert check_sinks(ResultsSection(sinks=("tensorboard",))) == "go to results.db under run.output, tensorboard"
+    assert check_results(ResultsSection(sinks=("tensorboard",))) == "go to results.db under run.output, tensorboard"
 
 
 def test_a_sink_that_is_not_installed_is_one_line_that_names_the_pip_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install wandb") as raised:
-        check_sinks(ResultsSection(sinks=("wandb",)))
+        check_results(ResultsSection(sinks=("wandb",)))
     assert "\n" not in str(raised.value)
 
 
