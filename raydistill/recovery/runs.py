@@ -36,7 +36,7 @@ examples:
   raydistill runs prune 20260101-120000-student --output outputs/demo
         one run only
 """
-LEFTOVERS = (".writing-*", ".removing-*")
+LEFTOVERS = (".writing-*", ".removing-*", ".fetching-*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
