@@ -1,6 +1,7 @@
 """A real S3-compatible server on loopback (moto's), for the tests of `run.storage`; skipped where moto is not installed."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +12,27 @@ BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 
+def environment(port: int) -> dict[str, str]:
+    """What leads s3:// to the server at a port of this machine."""
+    return CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
 class S3:
     """The server; `stop` and `start` again keep its address and what it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         server = pytest.importorskip("moto.server", reason="needs moto (requirements/dev.txt): a local S3 server")
         pytest.importorskip("s3fs", reason="needs s3fs (requirements/cpu.txt)")
         self._make = server.ThreadedMotoServer
-        self._port = 0
+        self._port = port
         self._server: Any = None
 
     def start(self) -> None:
@@ -33,18 +47,18 @@ class S3:
 
     @property
     def environment(self) -> dict[str, str]:
-        return CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"}
+        return environment(self._port)
 
 
 @contextmanager
-def s3_server() -> Iterator[S3]:
+def s3_server(port: int = 0) -> Iterator[S3]:
     """A server with an empty bucket, and an environment that leads s3:// to it."""
     import logging
 
     from raydistill.recovery import storage
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = S3()
+    server = S3(port)
     server.start()
     before = {name: os.environ.get(name) for name in server.environment}
     os.environ |= server.environment
