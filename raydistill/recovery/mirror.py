@@ -30,7 +30,7 @@ class Mirror:
         self._changed = threading.Condition()
         self._jobs: dict[str, Callable[[Storage], None]] = {}
         self._failed: dict[str, Callable[[Storage], None]] = {}
-        self._at_work: str | None = None
+        self._at_work: dict[str, Callable[[Storage], None]] = {}
         self._problem: str | None = None
         self._told = False
         self._sent: dict[str, tuple[int, int]] = {}  # of a tree: name -> (bytes, time of change) when it went
@@ -66,8 +66,8 @@ class Mirror:
         """Wait until all is done, at most so long; what is left is tried once more. Returns its keys, sorted."""
         deadline = time.monotonic() + limit_s
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs and self._at_work is None, limit_s)
-            again, self._failed = {**self._failed, **self._jobs}, {}
+            self._changed.wait_for(lambda: not self._jobs and not self._at_work, limit_s)
+            again, self._failed = {**self._failed, **self._at_work, **self._jobs}, {}
             self._jobs = {}
         left: list[str] = []
         for key, job in again.items():
@@ -91,14 +91,14 @@ class Mirror:
                     return
                 key = next(iter(self._jobs))
                 job = self._jobs.pop(key)
-                self._at_work = key
+                self._at_work = {key: job}
             try:
                 job(self._storage)
                 problem = None
             except StorageError as error:
                 problem = str(error)
             with self._changed:
-                self._at_work = None
+                self._at_work = {}
                 self.note(problem)
                 if problem is not None:
                     # All of it waits for the next push: a storage that is away would be asked in vain.

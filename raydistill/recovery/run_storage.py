@@ -98,6 +98,10 @@ class RunStorage:
             self._forgotten = before_step
             self.mirror.do("forgotten", lambda storage: SampledTokens.forget_stored(storage, before_step))
 
+    def newest_here(self) -> list[int]:
+        """The newest checkpoint on this disk, with which a run that was stopped goes on."""
+        return sorted(version_of(folder) for folder in (self._folder / FOLDER).glob(f"{PREFIX}*"))[-1:]
+
     def settle(self, limit_s: float, expected: Iterable[int] = ()) -> list[str]:
         """Bring what is missing there and lies here, and the ledgers of ranks on other disks here. Blocks.
 
@@ -135,7 +139,7 @@ async def settled(storage: RunStorage | None, console: Console) -> AsyncIterator
     try:
         yield expected
     except BaseException:
-        left = await asyncio.to_thread(storage.settle, STOP_S)
+        left = await asyncio.to_thread(storage.settle, STOP_S, storage.newest_here())
         if left:
             console.print(f"warning: {storage.what_is_left(left)}", style="yellow", soft_wrap=True)
         raise

@@ -48,9 +48,8 @@ from raydistill.trainer.step import Ranks, run_step
 from raydistill.trainer.uploads import RankUploads
 
 JOIN_TIMEOUT_S = 60.0
-UPLOAD_SHARE = (
-    0.5  # of trainer.timeout_s, for the uploads of one checkpoint: a step that holds one is not to count as lost
-)
+UPLOAD_SHARE = 0.5  # of trainer.timeout_s, for the uploads of one checkpoint: its step is not to count as lost
+LONGEST_UPLOAD_S = 900.0  # the ranks wait for one another, and torch gives up on that after half an hour
 Collected = tuple[StudentWeights | None, tuple[str, str | None]]
 """A version's whole trained state and its (weights hash, codes hash); (None, ("", None)) on other ranks than 0."""
 
@@ -116,7 +115,7 @@ class TrainerRank:
         self._storage = run_storage(config, job.run_folder)
         self._uploads, self._mirror = None, None
         if self._storage is not None:
-            limit_s = config.trainer.timeout_s * UPLOAD_SHARE
+            limit_s = min(config.trainer.timeout_s * UPLOAD_SHARE, LONGEST_UPLOAD_S)
             self._uploads = RankUploads(job.run_folder, rank, self._storage, limit_s)
             self._mirror = Mirror(job.run_folder, self._storage, keeps_trying=False)
         self._stored: tuple[int, ...] = ()  # what the next outcome tells

@@ -186,7 +186,7 @@ def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch, impat
 
 def wait_until_idle(mirror: Mirror) -> None:
     with mirror._changed:
-        assert mirror._changed.wait_for(lambda: not mirror._jobs and mirror._at_work is None, 10)
+        assert mirror._changed.wait_for(lambda: not mirror._jobs and not mirror._at_work, 10)
 
 
 def test_a_mirror_brings_the_newest_content(tmp_path: Path) -> None:
