@@ -92,13 +92,13 @@ def writing(root: Path, version: int) -> Iterator[None]:
     """Around one rank's part of writing a checkpoint: a disk error becomes one clear line and leaves nothing behind."""
     try:
         yield
-    except RunError:
-        raise  # a clear line already
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own
         final = checkpoint_folder(root, version)
         for partial in root.glob(f"{_partial_name(final).name}*"):
             shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        if isinstance(error, RunError):
+            raise  # a clear line already
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"checkpoint {final} could not be written ({reason}); earlier ones stand. Make room and start the same "
             "command again: it resumes from the last one"

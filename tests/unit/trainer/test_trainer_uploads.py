@@ -71,7 +71,7 @@ class Ranks:
             futures = [pool.submit(as_rank, rank) for rank in range(NUM_RANKS)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in errors:
-            if not isinstance(error, threading.BrokenBarrierError):
+            if not isinstance(error.__cause__ or error, threading.BrokenBarrierError):
                 raise error
         return [future.result() for future in futures]
 
