@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import StorageError, UserError
-from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, damage, digest, version_of
+from raydistill.recovery.checkpoint import (
+    PREFIX,
+    checkpoint_folder,
+    damage,
+    digest,
+    newest_checkpoint,
+    version_of,
+)
 from raydistill.recovery.ledger import FOLDER as LEDGER
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
@@ -46,10 +53,15 @@ def set_aside(run: Storage) -> None:
 def newest_of_both(root: Path, run: Storage) -> tuple[Path | None, list[str]]:
     """The newest version that is whole, here or there, whole on this disk; and a line for each newer one that is not.
 
-    One that the storage does not have yet is brought there, so that ranks on other disks find it.
+    One that the storage does not have yet is brought there, so that ranks on other disks find it. While the storage does
+    not answer, this disk alone counts.
     """
     stored, complaints = StoredCheckpoints(run), []
-    there = stored.versions()
+    try:
+        there = stored.versions()
+    except StorageError as error:
+        checkpoint, complaints = newest_checkpoint(root)
+        return checkpoint, [str(error), *complaints]
     here = {version_of(folder) for folder in root.glob(f"{PREFIX}*")}
     for version in sorted(here | there, reverse=True):
         folder = checkpoint_folder(root, version)

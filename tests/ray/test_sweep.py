@@ -79,9 +79,11 @@ def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_c
         run_sweep(sweep)
 
 
+@pytest.mark.parametrize("disk", ["kept", "lost"])
 def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
-    make_config: Any, tmp_path: Path
+    make_config: Any, tmp_path: Path, disk: str
 ) -> None:
+    """Where the disk is lost too, from run.storage."""
     config = trial_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
     config = config.model_copy(
         update={
@@ -89,6 +91,9 @@ def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one
             "trainer": config.trainer.model_copy(update={"num_steps": 12}),
         }
     )
+    if disk == "lost":
+        place = {"storage": f"file://{tmp_path}/remote"}
+        config = config.model_copy(update={"run": config.run.model_copy(update=place)})
     file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3, 4e-3]')
     command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
@@ -100,6 +105,8 @@ def test_a_killed_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one
         finally:
             first.send_signal(signal.SIGKILL)
             first.wait(30)
+        if disk == "lost":
+            (tmp_path / "out").rename(tmp_path / "gone")  # whatever still writes there writes to what is gone
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=400, check=False)
     assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     kinds = {name: [line["kind"] for line in read_record(runs / name)] for name in ("lr-000", "lr-001", "lr-002")}

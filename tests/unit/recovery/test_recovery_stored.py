@@ -103,6 +103,18 @@ def test_the_disk_is_ahead_where_the_storage_was_away(root: Path, run: Storage) 
     assert StoredCheckpoints(run).versions() == {2, 4}
 
 
+def test_a_lost_trainer_goes_on_from_the_disk_while_the_storage_is_away(
+    root: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = save(root, 4)
+
+    def away(self: Storage, below: str = "") -> dict[str, int]:
+        raise StorageError("run.storage='...' does not answer")
+
+    monkeypatch.setattr(Storage, "list", away)
+    assert newest_of_both(root, run) == (newest, ["run.storage='...' does not answer"])
+
+
 def test_a_version_of_another_life_gives_way_to_the_one_there(root: Path, run: Storage) -> None:
     StoredCheckpoints(run).put(save(root, 4, value=0.25))
     folder = save(root, 4, value=0.5)
