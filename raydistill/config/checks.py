@@ -32,14 +32,14 @@ def check_run(run: RunSection) -> None:
     scheme, separator, place = run.storage.partition("://")
     if not scheme or not separator:
         raise ValueError(
-            f"run.storage={run.storage!r} is no URL; write one such as s3://bucket/prefix, or leave it out to keep all of a "
+            f"run.storage={run.storage!r} is no URL; use one such as s3://bucket/prefix, or leave it out to keep all of a "
             "run under run.output"
         )
     if not place.strip("/"):
-        raise ValueError(f"run.storage={run.storage!r} names no bucket; write {scheme}://bucket/prefix")
+        raise ValueError(f"run.storage={run.storage!r} names no bucket; use {scheme}://bucket/prefix")
     if scheme in ("file", "local") and not place.startswith("/"):
         raise ValueError(
-            f"run.storage={run.storage!r} is relative, and jobs and nodes start in other folders; write {scheme}:///{place} "
+            f"run.storage={run.storage!r} is relative, and jobs and nodes start in other folders; use {scheme}:///{place} "
             "with the whole path"
         )
 
