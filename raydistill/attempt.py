@@ -29,6 +29,7 @@ from raydistill.progress import spinner
 from raydistill.ray_metrics import RayMetrics
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.recovery.resume import ResumePoint
+from raydistill.recovery.run_storage import RunStorage
 from raydistill.recovery.sampled import ReplayedRollouts, SampledTokens
 from raydistill.results.record import RunRecord
 from raydistill.roles import Handle, Pools, Roles, Sampled
@@ -61,8 +62,9 @@ class Attempt:
         keeper: CheckpointKeeper,
         point: ResumePoint,
         on_evaluation: OnEvaluation | None = None,
+        storage: RunStorage | None = None,
     ) -> None:
-        config = inputs.config
+        config, self._storage = inputs.config, storage
         self._on_evaluation = on_evaluation
         self._inputs, self._pools, self._record, self._keeper = inputs, pools, record, keeper
         self._config, self._point = config, point
@@ -78,6 +80,8 @@ class Attempt:
             with spinner(console, "starting engines, teachers and trainer workers"):
                 await first_error(self._arm(), self._trainer.start())
             self._record_engines()
+            if self._storage is not None:  # the ranks may have brought the first version by now
+                await asyncio.to_thread(self._storage.look)
             armed = time.time()
             seconds["start"] = seconds.get("start", 0.0) + armed - start
             records = DriverRecords(
@@ -89,6 +93,7 @@ class Attempt:
                 RayMetrics(self._name, self._pools.queue_depths),
                 self._point.version,
                 self._on_evaluation,
+                self._storage,
             )
             with records:
                 loop = DistillationLoop(self._config, self._roles(records), self._point.version, self._point.skipped)

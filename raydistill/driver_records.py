@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
 from raydistill.ray_metrics import RayMetrics
 from raydistill.recovery.keeper import CheckpointKeeper
+from raydistill.recovery.run_storage import RunStorage
 from raydistill.results.record import RunRecord
 
 OnEvaluation = Callable[[EvalReport], None]
@@ -29,7 +30,9 @@ class DriverRecords:
         metrics: RayMetrics,
         first_step: int = 0,
         on_evaluation: OnEvaluation | None = None,
+        storage: RunStorage | None = None,
     ) -> None:
+        self._storage = storage
         self._record, self._console, self._keeper, self._metrics = record, console, keeper, metrics
         self._on_evaluation = on_evaluation
         self._progress = Progress(
@@ -54,12 +57,23 @@ class DriverRecords:
     def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
         depths = {f"{stage}/queue_depth": float(depth) for stage, depth in self._metrics.queue_depths().items()}
         self._record.step(outcome.step, metrics | depths)
+        if self._storage is not None:
+            self._follow(self._storage, outcome)
         self._keeper.remove_the_rest()
         self._metrics.step(outcome.step, metrics)
         note = f"loss {metrics.get('trainer/loss', float('nan')):.4f}"
         if "rollout/completion_tokens" in metrics:
             note += f", {metrics['rollout/completion_tokens']:.0f} tokens/completion"
         self._progress.update(self._task, advance=1, note=note)
+
+    def _follow(self, storage: RunStorage, outcome: StepOutcome) -> None:
+        """What the ranks say of run.storage; a storage that is away is worth one line until it is back."""
+        storage.took(outcome.stored)
+        if outcome.storage_problem is not None:
+            storage.mirror.note(outcome.storage_problem)
+        problem = storage.mirror.new_problem()
+        if problem is not None:
+            self.warning(f"step {outcome.step}: {problem}; training goes on, what is missing there is brought later")
 
     def spans(self, spans: list[Span]) -> None:
         self._record.spans(spans)
@@ -73,6 +87,8 @@ class DriverRecords:
         self._metrics.evaluation(report)
         self._record.spans([report.span])
         self._keeper.evaluated(report.version, report.metrics)
+        if self._storage is not None:
+            self._storage.push_record()
         numbers = ", ".join(
             f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se")
         )

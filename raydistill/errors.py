@@ -33,6 +33,10 @@ class RunError(RuntimeError):
     """A run cannot go on although its input was right: an actor that keeps dying, a policy gap, too many bad steps."""
 
 
+class StorageError(RunError):
+    """`run.storage` does not take or give what it is asked for; the message names the URL, the reason and a way out."""
+
+
 class LostError(RunError):
     """Part of a run is gone that cannot be replaced on the way: a trainer rank, the feed, Ray Train's controller, or
     tensors on a node that died. The last checkpoint is the way on."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from raydistill.driver_records import OnEvaluation
     from raydistill.inputs import RunInputs
     from raydistill.recovery.resume import ResumePoint
+    from raydistill.recovery.run_storage import RunStorage
     from raydistill.results.record import RunRecord
 
 __all__ = ["Pools", "RunSummary", "make_pools", "run", "start_cluster"]
@@ -188,6 +189,7 @@ class Launch:
         self._seconds: dict[str, float] = {}
         self._config = config
         self._attempt: Attempt | None = None
+        self._storage: RunStorage | None = None
 
     async def run(self) -> RunSummary:
         """See `run`."""
@@ -195,38 +197,46 @@ class Launch:
 
         from raydistill.inputs import load_inputs
         from raydistill.preflight.placement import check_placement, largest_node_gpus
-        from raydistill.preflight.storage import check_writable
-        from raydistill.recovery.resume import find_checkpoint, locked, run_folder
+        from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
+        from raydistill.recovery.resume import find_checkpoint, locked, run_folder, run_storage
+        from raydistill.recovery.run_storage import RunStorage, settled
         from raydistill.results.recorded import recorded
 
         start = time.time()
         check_writable(self._config)
+        await asyncio.to_thread(check_storage, self._config)
         # In a thread: other runs may share this event loop.
         inputs = self._inputs = await asyncio.to_thread(load_inputs, self._config, self._console, self._within.datasets)
         config = self._config = inputs.config
         self._findings = await asyncio.to_thread(self._examine, inputs)
-        self._folder = run_folder(config, inputs.data.fingerprint)
+        self._folder = await asyncio.to_thread(run_folder, config, inputs.data.fingerprint)
         start_cluster(config)
         check_placement(config, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
+        await asyncio.to_thread(check_nodes_reach_storage, config)
         self._seconds["checks"] = time.time() - start
+        stored = run_storage(config, self._folder)
+        self._storage = None if stored is None else RunStorage(self._folder, stored)
         with locked(self._folder):
-            point = find_checkpoint(self._folder)
-            # Everything from here on is in the run's record, failures included.
-            with (
-                recorded(
-                    self._folder,
-                    config,
-                    self._console,
-                    inputs.data.fingerprint,
-                    inputs.data.held_out_fingerprint,
-                    resume_at=point.version,
-                    parent=self._within.parent,
-                    delivers=self._within.parent is None,
-                ) as record,
-                stop_on_signals(self.stop, self._console),
-            ):
-                record.table("doctor", self._findings)
-                return await self._train(record, point)
+            point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
+            async with settled(self._storage, self._console) as expected:
+                # Everything from here on is in the run's record, failures included.
+                with (
+                    recorded(
+                        self._folder,
+                        config,
+                        self._console,
+                        inputs.data.fingerprint,
+                        inputs.data.held_out_fingerprint,
+                        resume_at=point.version,
+                        parent=self._within.parent,
+                        delivers=self._within.parent is None,
+                    ) as record,
+                    stop_on_signals(self.stop, self._console),
+                ):
+                    record.table("doctor", self._findings)
+                    summary = await self._train(record, point)
+                expected |= {summary.best_version, config.trainer.num_steps}
+            return summary
 
     def _examine(self, inputs: RunInputs) -> list[dict[str, Any]]:
         """What `raydistill doctor` would say of these inputs: problems end the run, warnings are shown."""
@@ -255,19 +265,28 @@ class Launch:
         keeping = config.checkpoint
         sampled = SampledTokens(self._folder, config)
         root = self._folder / "checkpoints"
-        keeper = CheckpointKeeper(root, keeping.keep_last, keeping.keep_best, config.evaluates, sampled)
+        keeper = CheckpointKeeper(
+            root, keeping.keep_last, keeping.keep_best, config.evaluates, sampled, storage=self._storage
+        )
         failures = 0
         try:
             while True:
+                if self._storage is not None:
+                    await asyncio.to_thread(self._storage.bring, sampled, point.version)
                 self._go_on_at(point, record)
                 keeper.restore(evaluations_of(self._folder))
-                self._attempt = Attempt(self._inputs, self._pools, record, keeper, point, self._on_evaluation)
+                self._attempt = Attempt(
+                    self._inputs, self._pools, record, keeper, point, self._on_evaluation, self._storage
+                )
                 try:
                     summary = await self._attempt.run(self._console, self._seconds)
                     sampled.forget(config.trainer.num_steps)
+                    if self._storage is not None:
+                        self._storage.forget_sampled(config.trainer.num_steps)
                     return await self._export(record, self._attempt, keeper, summary)
                 except LostError as error:
-                    got_to, point = point.version, find_checkpoint(self._folder)
+                    stored = None if self._storage is None else self._storage.run
+                    got_to, point = point.version, await asyncio.to_thread(find_checkpoint, self._folder, stored)
                     failures = failures + 1 if point.version == got_to else 1
                     if failures >= MAX_FAILURES:
                         raise RunError(f"{error}; it failed {failures} times without getting further") from error
@@ -299,6 +318,7 @@ class Launch:
 
     async def _export(self, record: RunRecord, attempt: Attempt, keeper: Any, outcome: Any) -> RunSummary:
         """Write the best checkpoint as a folder that stands alone and check that its codes are the trained ones."""
+        from raydistill.evaluate.run_defaults import EXPORT_FOLDER
         from raydistill.recovery.checkpoint import read_description
         from raydistill.report.plots import plot_spans, plot_training
         from raydistill.results.record import read_record, read_spans
@@ -307,9 +327,15 @@ class Launch:
 
         start, config = time.time(), self._config
         version = keeper.best_version if keeper.best_version is not None else config.trainer.num_steps
-        checkpoint, export = keeper.folder(version), self._folder / "export"
+        checkpoint, export = keeper.folder(version), self._folder / EXPORT_FOLDER
         extra = {"run": self._folder.name, "version": version, TEMPLATE: config.data.template}
-        codes_hash = await attempt.evaluator.export_checkpoint(checkpoint, export, extra)
+        storage = self._storage
+        written = await attempt.evaluator.export_checkpoint(
+            checkpoint, export, extra, None if storage is None else storage.run
+        )
+        if storage is not None:
+            await asyncio.to_thread(storage.bring_finished, checkpoint, export, written)
+        codes_hash = written.codes_hash
         trained = read_description(checkpoint).get("codes_hash")
         if trained is not None and codes_hash != trained:
             raise RunError(f"export {export} has codes {codes_hash}, version {version} was trained with {trained}")

@@ -285,6 +285,17 @@ class StepOutcome:
     skipped: str | None  # why the update was not applied, None if it was
     metrics: dict[str, float]
     spans: tuple[Span, ...]
+    stored: tuple[int, ...] = ()  # versions whose checkpoints run.storage took since the last outcome
+    storage_problem: str | None = None  # why it did not take one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What the evaluation actor says of an export that it wrote."""
+
+    codes_hash: str
+    files: dict[str, list[int | str]] = field(default_factory=dict)  # name -> [bytes, sha256], with run.storage
+    storage_problem: str | None = None  # why run.storage did not take it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,17 @@ def architectures(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[Any]:
+def s3_port() -> int:
+    """Where the tests of run.storage start their server; Ray's processes inherit the way there."""
+    from s3 import environment, free_port
+
+    port = free_port()
+    os.environ |= environment(port)
+    return port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_port: int) -> Iterator[Any]:
     """One local Ray for all tests of the session; more CPUs than the machine has, because the actors hardly use theirs."""
     import ray
 

@@ -15,14 +15,18 @@ from typing import Any
 import torch
 
 from raydistill.config import ObjectiveSection
+from raydistill.errors import StorageError
 from raydistill.evaluate.generate import greedy_completions, match_answers
 from raydistill.evaluate.held_out import score_targets
 from raydistill.merge import split_scored
-from raydistill.messages import EvalReport, Samples, Scored, Span, StudentWeights, TokenRows
+from raydistill.messages import EvalReport, Exported, Samples, Scored, Span, StudentWeights, TokenRows
 from raydistill.models import StudentSpec, build_student, default_device
 from raydistill.quant.export import export_live
 from raydistill.quant.student import load_adapter_state
-from raydistill.recovery.checkpoint import load_checkpoint
+from raydistill.recovery.bring import put_folder
+from raydistill.recovery.checkpoint import digests, load_checkpoint
+from raydistill.recovery.storage import Storage
+from raydistill.recovery.stored import make_whole
 from raydistill.tensors import CompletionModel
 
 EVAL_BATCH = 64  # sequences of one forward pass
@@ -118,8 +122,20 @@ class EvaluatorActor:
         self._load(self._runs[run], weights)
         return greedy_completions(self._model, prompts.rows(), eos_ids, max_new_tokens)
 
-    def export_checkpoint(self, run: str, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
-        """Write a run's checkpoint as a folder that stands alone; returns the hash of its codes."""
+    def export_checkpoint(
+        self, run: str, checkpoint: Path, folder: Path, extra: dict[str, Any], storage: Storage | None = None
+    ) -> Exported:
+        """Write a run's checkpoint as a folder that stands alone. storage: the run's folder in run.storage, where the
+        checkpoint comes from if it does not lie here, and the export goes."""
         of_run = self._runs[run]
+        make_whole(checkpoint, storage)
         self._load(of_run, load_checkpoint(checkpoint))
-        return export_live(folder, self._model, of_run.spec.model, extra)
+        codes_hash = export_live(folder, self._model, of_run.spec.model, extra)
+        if storage is None:
+            return Exported(codes_hash=codes_hash)
+        problem = None
+        try:
+            put_folder(folder, storage.below(folder.name))
+        except StorageError as error:
+            problem = str(error)
+        return Exported(codes_hash=codes_hash, files=digests(folder), storage_problem=problem)

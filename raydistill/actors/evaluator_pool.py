@@ -14,8 +14,9 @@ from raydistill.actors.evaluator import EvaluatorActor
 from raydistill.actors.pool import ActorPool
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.config import EvaluationSection, ObjectiveSection
-from raydistill.messages import EvalReport, Samples, TokenRows
+from raydistill.messages import EvalReport, Exported, Samples, TokenRows
 from raydistill.models import StudentSpec
+from raydistill.recovery.storage import Storage
 from raydistill.roles import Handle
 
 
@@ -123,9 +124,11 @@ class RunEvaluator:
         )
         return [row | {"student": shown.text_of(ids)} for row, ids in zip(shown.rows, answers, strict=True)]
 
-    async def export_checkpoint(self, checkpoint: Path, folder: Path, extra: dict[str, Any]) -> str:
+    async def export_checkpoint(
+        self, checkpoint: Path, folder: Path, extra: dict[str, Any], storage: Storage | None = None
+    ) -> Exported:
         """See `EvaluatorActor.export_checkpoint`."""
-        codes_hash: str = await self.pool.call(
-            0, "export_checkpoint", self.name, checkpoint, folder, extra, timeout_s=START_TIMEOUT_S
+        exported: Exported = await self.pool.call(
+            0, "export_checkpoint", self.name, checkpoint, folder, extra, storage, timeout_s=START_TIMEOUT_S
         )
-        return codes_hash
+        return exported

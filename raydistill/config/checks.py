@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ObjectiveSection,
         QuantSection,
         RolloutSection,
+        RunSection,
         StudySection,
         TeacherSection,
         TrainerSection,
@@ -23,6 +24,24 @@ if TYPE_CHECKING:
     )
 
 BETA_EDGE = 1e-3  # closer to 0 or 1 the float32 quotient D/(beta(1-beta)) is off by 5 % and more
+
+
+def check_run(run: RunSection) -> None:
+    if run.storage is None:
+        return
+    scheme, separator, place = run.storage.partition("://")
+    if not scheme or not separator:
+        raise ValueError(
+            f"run.storage={run.storage!r} is no URL; use one such as s3://bucket/prefix, or leave it out to keep all of a "
+            "run under run.output"
+        )
+    if not place.strip("/"):
+        raise ValueError(f"run.storage={run.storage!r} names no bucket; use {scheme}://bucket/prefix")
+    if scheme in ("file", "local") and not place.startswith("/"):
+        raise ValueError(
+            f"run.storage={run.storage!r} is relative, and jobs and nodes start in other folders; use {scheme}:///{place} "
+            "with the whole path"
+        )
 
 
 def check_objective(objective: ObjectiveSection) -> None:

@@ -17,6 +17,7 @@ from raydistill.config.checks import (
     check_objective,
     check_quant,
     check_rollout,
+    check_run,
     check_study,
     check_teacher,
     check_trainer,
@@ -61,11 +62,21 @@ class RunSection(Section):
         description="name of the run and of its folder (letters, digits, '.', '_', '-'); unset: made from the time",
     )
     output: Path = Field(Path("outputs"), description="folder that holds runs/, logs and the results file")
+    storage: str | None = Field(
+        None,
+        description="URL for checkpoints, ledgers, record and export (s3://bucket/prefix, or any that fsspec opens): nodes "
+        "then need share no file system, and a run goes on with an empty disk; unset: all of it lies under run.output alone",
+    )
     seed: int = Field(0, ge=0, description="prompts, lambda draws and sampling seeds all derive from it")
     verbose: bool = Field(False, description="show the engines' own output instead of keeping it in log files")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: the same command goes on where an unfinished run stopped; never: start anew"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSection:
+        check_run(self)
+        return self
 
 
 class StudentSection(Section):

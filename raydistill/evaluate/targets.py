@@ -17,6 +17,7 @@ from raydistill.evaluate.hub import fetch, is_hub_id
 from raydistill.evaluate.run_defaults import EXPORT_FOLDER, RunDefaults, config_of, read_defaults
 from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
+from raydistill.results.run_folders import refuse_url
 from raydistill.results.tables import Role
 
 CHECKPOINTS, STEP = "checkpoints", "step-"
@@ -67,6 +68,7 @@ def find_targets(
 
 def _find(name: str | None, text: str, base: str | None) -> tuple[Target, Path]:
     """(the target, the folder that may say how it was evaluated)."""
+    refuse_url(text)
     path = Path(text).expanduser()
     if is_hub_id(text):
         path = fetch(text)
@@ -82,6 +84,7 @@ def _find(name: str | None, text: str, base: str | None) -> tuple[Target, Path]:
 
 
 def _every_checkpoint(texts: Sequence[str]) -> tuple[list[Target], list[RunDefaults]]:
+    refuse_url(texts[0])
     run = Path(texts[0]).expanduser()
     if len(texts) > 1 or not (run / RECORD_FILE).is_file():
         raise UserError("--every-checkpoint follows one run: give its folder alone (outputs/runs/NAME)")

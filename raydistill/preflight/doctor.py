@@ -17,7 +17,7 @@ from raydistill.config import Config
 from raydistill.config.load import load_config
 from raydistill.errors import UserError
 from raydistill.preflight.findings import Finding, findings_of, guarded
-from raydistill.preflight.storage import check_writable
+from raydistill.preflight.storage import check_storage, check_writable
 
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
@@ -56,6 +56,10 @@ def doctor_command(argv: Sequence[str]) -> int:
 def examine(config: Config, parity: bool = False) -> list[Finding]:
     """Every check that can be made; one that needs what an earlier one missed is left out."""
     found = guarded("storage", lambda: [Finding(check="storage", status="ok", text=check_writable(config))])
+    if config.run.storage is not None:
+        found += guarded(
+            "run.storage", lambda: [Finding(check="run.storage", status="ok", text=str(check_storage(config)))]
+        )
     inputs = None
     try:
         from raydistill.inputs import load_inputs

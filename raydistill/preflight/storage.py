@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 from raydistill.config import Config
-from raydistill.errors import ResourceError
+from raydistill.errors import ResourceError, StorageError, UserError
+from raydistill.recovery.storage import Storage
 from raydistill.results.tables import format_bytes
 
 ADAM_COPIES = 3  # of what is trained in a checkpoint's optimizer state: float32 weights and two moments
 FLOAT32 = 4
+NODES_TIMEOUT_S = 300.0  # a process has to start on each node
 
 
 def check_writable(config: Config) -> str:
@@ -23,6 +25,51 @@ def check_writable(config: Config) -> str:
         )
     free = shutil.disk_usage(there).free
     return f"{config.run.output.absolute()} can be written, {format_bytes(free)} are free"
+
+
+def check_storage(config: Config) -> str | None:
+    """A line about run.storage, written and read back; ResourceError if it cannot be used, None where there is none."""
+    url = config.run.storage
+    if url is None:
+        return None
+    try:
+        Storage(url).check()
+    except StorageError as error:
+        raise ResourceError(str(error)) from error
+    return f"{url} was written and read back"
+
+
+def check_nodes_reach_storage(config: Config) -> None:
+    """The same from every node of the cluster that Ray has joined; ResourceError names the first that cannot."""
+    if config.run.storage is None:
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return  # the driver's own, which has been asked
+    ask = ray.remote(num_cpus=0, max_retries=0)(_storage_problem)
+    asked = [
+        (
+            node["NodeManagerAddress"],
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)),
+        )
+        for node in nodes
+    ]
+    for (address, _), problem in zip(
+        asked, ray.get([task.remote(config) for _, task in asked], timeout=NODES_TIMEOUT_S), strict=True
+    ):
+        if problem is not None:
+            raise ResourceError(f"node {address}: {problem}")
+
+
+def _storage_problem(config: Config) -> str | None:
+    try:
+        check_storage(config)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def check_room(config: Config, trained_weights: int) -> str:

@@ -29,7 +29,7 @@ from raydistill.messages import StudentWeights
 from raydistill.quant.hashing import hash_tensors
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "checkpoint.json"
-PREFIX = "step-"
+PREFIX, WRITING = "step-", ".writing-"
 
 
 def checkpoint_folder(root: Path, version: int) -> Path:
@@ -40,33 +40,50 @@ def version_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def partial_folder(root: Path, version: int) -> Path:
-    """Where a version is written before it gets its name; empty, whatever an earlier attempt left."""
+def partial_folder(root: Path, version: int, attempt: str = "") -> Path:
+    """Where a version is written before it gets its name; empty, whatever an earlier attempt left.
+
+    attempt: a word of this attempt alone, with which several processes make the folder, each where none has before it.
+    """
     partial = _partial_name(checkpoint_folder(root, version))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if attempt:
+        partial = partial.with_name(f"{partial.name}.{attempt}")
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=bool(attempt))
     return partial
 
 
 def save_checkpoint(root: Path, weights: StudentWeights, description: Mapping[str, object]) -> Path:
     """Write weights and description of one version; trainer ranks add their state before (see `commit_checkpoint`)."""
     with writing(root, weights.version):
-        return commit_checkpoint(partial_folder(root, weights.version), weights, description)
+        partial = partial_folder(root, weights.version)
+        write_weights(partial, weights)
+        return commit_checkpoint(partial, weights.version, {**description, "files": digests(partial)})
 
 
-def commit_checkpoint(partial: Path, weights: StudentWeights, description: Mapping[str, object]) -> Path:
-    """Complete `partial` with weights and description and give it its final name: from then on it is whole."""
-    final = checkpoint_folder(partial.parent, weights.version)
+def write_weights(partial: Path, weights: StudentWeights) -> None:
+    """The file of the whole weights."""
     save_file({k: np.ascontiguousarray(v) for k, v in weights.tensors.items()}, partial / WEIGHTS)
-    files = {str(path.relative_to(partial)): _digest(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-    facts = {"version": weights.version, **description, "files": files}
-    (partial / DESCRIPTION).write_text(json.dumps(facts, indent=1))
+
+
+def digests(folder: Path) -> dict[str, list[int | str]]:
+    """Name -> [bytes, sha256] of every file in a folder; all of them are on the disk afterwards."""
+    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def commit_checkpoint(partial: Path, version: int, description: Mapping[str, object]) -> Path:
+    """Complete `partial` with its description, which has the `files`, and give it its final name: from then on it is whole."""
+    final = checkpoint_folder(partial.parent, version)
+    (partial / DESCRIPTION).write_text(json.dumps({"version": version, **description}, indent=1))
     _sync(partial / DESCRIPTION)
     _sync(partial)
     if final.exists():
         remove_checkpoint(final)
     os.rename(partial, final)
     _sync(final.parent)
+    for left_over in final.parent.glob(f"{WRITING}*"):  # by a crash: one group of ranks writes at a time
+        shutil.rmtree(left_over, ignore_errors=True)
     return final
 
 
@@ -77,8 +94,11 @@ def writing(root: Path, version: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own
         final = checkpoint_folder(root, version)
-        shutil.rmtree(_partial_name(final), ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        for partial in root.glob(f"{_partial_name(final).name}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, RunError):
+            raise  # a clear line already
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"checkpoint {final} could not be written ({reason}); earlier ones stand. Make room and start the same "
             "command again: it resumes from the last one"
@@ -114,7 +134,7 @@ def damage(folder: Path) -> str | None:
         for name, written in description["files"].items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _digest(folder / name) != written:
+            if digest(folder / name) != written:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{DESCRIPTION} cannot be read ({error})"
@@ -141,10 +161,10 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _partial_name(final: Path) -> Path:
-    return final.with_name(f".writing-{final.name}")
+    return final.with_name(f"{WRITING}{final.name}")
 
 
-def _digest(path: Path) -> list[Any]:
+def digest(path: Path) -> list[int | str]:
     """[bytes, sha256] of a file, whose bytes are on the disk afterwards."""
     _sync(path)
     with path.open("rb") as file:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, remove_checkpoint, version_of
+from raydistill.recovery.run_storage import BEST, RunStorage
 from raydistill.recovery.sampled import SampledTokens
 
-BEST = "best.json"
 FALLBACK = "evaluate/perplexity"  # without a teacher
 
 
@@ -26,6 +26,7 @@ class CheckpointKeeper:
     """Keeps the newest `keep_last` versions, the best `keep_best` and those that wait for their evaluation.
 
     `sampled`: the run's kept tokens; those of steps before the oldest of the newest versions go as well.
+    `storage`: the run's place in run.storage, where the same are kept, each side by what lies on it.
     `is_evaluated(version)`: whether an evaluation of this version will come; the trainer may be ahead of it.
     """
 
@@ -37,10 +38,14 @@ class CheckpointKeeper:
         is_evaluated: Callable[[int], bool] = lambda version: True,
         sampled: SampledTokens | None = None,
         metric: str = "evaluate/kl_nats",
+        storage: RunStorage | None = None,
     ) -> None:
+        self._storage = storage
         self._root, self._sampled, self._metric = root, sampled, metric
         self._keep_last, self._keep_best, self._is_evaluated = keep_last, keep_best, is_evaluated
         self._values: dict[int, float] = {}
+        self._names: dict[int, str] = {}  # of the metric
+        self._written: int | None = None
 
     def folder(self, version: int) -> Path:
         return checkpoint_folder(self._root, version)
@@ -59,31 +64,54 @@ class CheckpointKeeper:
         if not self._note(version, metrics):
             return False
         is_best = self.best_version == version
-        if is_best:
-            name = self._metric if self._metric in metrics else FALLBACK
-            record = {"version": version, "folder": self.folder(version).name, name: self._values[version]}
-            (self._root / BEST).write_text(json.dumps(record, indent=1))
         self.remove_the_rest()
         return is_best
 
     def remove_the_rest(self) -> None:
         """Remove what is neither new, nor best, nor still to be evaluated."""
-        present = sorted((version_of(folder) for folder in self._root.glob(f"{PREFIX}*")), reverse=True)
-        kept = {*present[: self._keep_last], *self._best()[: self._keep_best]}
-        for version in present:
-            if version not in kept and (version in self._values or not self._is_evaluated(version)):
+        self._write_best()
+        here = {version_of(folder) for folder in self._root.glob(f"{PREFIX}*")}
+        there = set() if self._storage is None else self._storage.versions
+        newest = {version for side in (here, there) for version in sorted(side)[-self._keep_last :]}
+        best = {version for side in (here, there) for version in self._best(side)[: self._keep_best]}
+        for version in (here | there) - newest - best:
+            if version in self._values or not self._is_evaluated(version):
                 remove_checkpoint(self.folder(version))
-        if self._sampled is not None and present:
-            self._sampled.forget(min(present[: self._keep_last]))
+                if version in there and self._storage is not None:
+                    self._storage.remove(version)
+        if newest and self._sampled is not None:
+            self._sampled.forget(min(newest))
+        if newest and self._storage is not None:
+            self._storage.forget_sampled(min(newest))
+
+    def _write_best(self) -> None:
+        """Name the best version in a file; on other disks a checkpoint may get there after its evaluation."""
+        version = self.best_version
+        if version is None or version == self._written:
+            return
+        record = {"version": version, "folder": self.folder(version).name, self._names[version]: self._values[version]}
+        self._root.mkdir(parents=True, exist_ok=True)
+        (self._root / BEST).write_text(json.dumps(record, indent=1))
+        self._written = version
+        if self._storage is not None:
+            self._storage.mirror.push(f"{self._root.name}/{BEST}")
+
+    def _is_kept(self, version: int) -> bool:
+        return self.folder(version).exists() or (self._storage is not None and version in self._storage.versions)
 
     def _note(self, version: int, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(self._metric, metrics.get(FALLBACK))
-        if value is None or not self.folder(version).exists():
-            return False
+        if value is None or not (self._storage is not None or self.folder(version).exists()):
+            return False  # on other disks a checkpoint may still be on its way
         self._values[version] = value
+        self._names[version] = self._metric if self._metric in metrics else FALLBACK
         return True
 
-    def _best(self) -> list[int]:
-        """Evaluated versions that are still there, best first; of equal ones the earlier."""
-        finite = [v for v, value in self._values.items() if not math.isnan(value) and self.folder(v).exists()]
+    def _best(self, among: Collection[int] | None = None) -> list[int]:
+        """Evaluated versions that are still there, best first; of equal ones the earlier. among: of these only."""
+        finite = [
+            version
+            for version, value in self._values.items()
+            if not math.isnan(value) and (self._is_kept(version) if among is None else version in among)
+        ]
         return sorted(finite, key=lambda version: (self._values[version], version))

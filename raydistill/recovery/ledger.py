@@ -4,7 +4,7 @@
 
 `version` is the policy that wrote the completion (-1: the data set). A checkpoint notes how long each rank's file was; a
 resumed run cuts the files back to that. So the surviving history holds each (step, index) exactly once, and a step that
-was skipped not at all.
+was skipped not at all. With `run.storage` it also notes a digest: a rank that starts on another disk brings its file there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from raydistill.errors import RunError
 from raydistill.messages import Samples
+from raydistill.recovery.storage import Storage
 
 FOLDER = "ledger"
 
@@ -31,6 +33,7 @@ class Ledger:
         self._file = path.open("ab")
         self._file.truncate(size_bytes)
         self._file.seek(0, os.SEEK_END)
+        self._digest = hashlib.sha256(path.read_bytes())
 
     def add(self, samples: Samples) -> None:
         """The sequences of one micro-batch that was trained on."""
@@ -38,7 +41,14 @@ class Ledger:
         for index, row, ids, version in rows:
             text = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
             line = {"step": samples.step, "index": index, "row": row, "text": text, "version": version}
-            self._file.write(json.dumps(line).encode() + b"\n")
+            data = json.dumps(line).encode() + b"\n"
+            self._file.write(data)
+            self._digest.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """Of every line so far."""
+        return self._digest.hexdigest()
 
     def commit(self) -> int:
         """Bring every line to the disk; returns the file's length in bytes."""
@@ -47,8 +57,24 @@ class Ledger:
         return self._file.tell()
 
 
+def ledger_name(rank: int) -> str:
+    return f"{FOLDER}/rank-{rank}.jsonl"
+
+
 def ledger_path(run_folder: Path, rank: int) -> Path:
-    return run_folder / FOLDER / f"rank-{rank}.jsonl"
+    return run_folder / ledger_name(rank)
+
+
+def bring_ledger(run_folder: Path, rank: int, size_bytes: int, digest: str, run: Storage) -> None:
+    """Make sure that a rank's file begins with what the checkpoint knows; RunError where neither disk nor storage has it."""
+    path = ledger_path(run_folder, rank)
+    for is_brought in (False, True):
+        if is_brought:
+            run.get(ledger_name(rank), path, size_bytes)
+        data = path.read_bytes()[:size_bytes] if path.is_file() else b""
+        if len(data) == size_bytes and hashlib.sha256(data).hexdigest() == digest:
+            return
+    raise RunError(f"{path} is not the ledger that the checkpoint knows, neither here nor in {run.url}")
 
 
 def read_ledger(run_folder: Path) -> Iterator[dict[str, Any]]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ from filelock import FileLock, Timeout
 
 from raydistill.config import Config
 from raydistill.errors import UserError
+from raydistill.recovery.bring import bring_record, newest_of_both, set_aside, whole_lines
 from raydistill.recovery.checkpoint import newest_checkpoint, read_description, version_of
-from raydistill.results.record_lines import read_record, start_of
+from raydistill.recovery.storage import Storage
+from raydistill.recovery.stored import FOLDER as CHECKPOINTS
+from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record, start_of
 from raydistill.results.run_folders import LOCK, is_at_work
 
 MAY_CHANGE = (
     "run.name",
     "run.output",
+    "run.storage",
     "run.verbose",
     "run.resume",
     "trainer.num_steps",
@@ -63,8 +67,17 @@ MAY_CHANGE = (
     "world.",
 )
 """Fields (or, with a dot at the end, sections) that a resumed run may set anew."""
-OPERATIONAL = ("run.name", "run.output", "run.verbose", "run.resume", "cluster.", "world.")
+OPERATIONAL = ("run.name", "run.output", "run.storage", "run.verbose", "run.resume", "cluster.", "world.")
 """Of these, what may differ between two starts of the same command that names no run."""
+
+
+RUNS = "runs"  # in run.storage as in run.output
+HEAD_BYTES = 2**20  # of a record, with its first line: the settings
+
+
+def run_storage(config: Config, folder: Path) -> Storage | None:
+    """The place of a run's folder in run.storage, if the config has one."""
+    return None if config.run.storage is None else Storage(config.run.storage).below(RUNS, folder.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,18 +92,32 @@ class ResumePoint:
 
 
 def run_folder(config: Config, data_fingerprint: str) -> Path:
-    """The folder of this command's run: an unfinished one that it resumes, or one that does not exist yet."""
+    """The folder of this command's run: an unfinished one that it resumes, or one that does not exist yet.
+
+    With `run.storage` the run may be one that another machine began; its record is brought here.
+    """
     runs = (config.run.output / "runs").absolute()
     if config.run.name is not None:
         folder = runs / config.run.name
+        storage = run_storage(config, folder)
+        if storage is not None and config.run.resume == "auto":
+            bring_record(folder, storage)
         if folder.exists():
             _check_named(folder, config, data_fingerprint)
+        if storage is not None and config.run.resume == "never":
+            set_aside(storage)
         return folder
     if config.run.resume == "auto":
         for folder in _newest_first(runs):
             is_idle = _is_unfinished(folder) and not is_at_work(folder)
             if is_idle and not differences(folder, config, data_fingerprint, OPERATIONAL):
-                return folder
+                storage = run_storage(config, folder)
+                if storage is None or not bring_record(folder, storage) or _is_unfinished(folder):
+                    return folder
+        if config.run.storage is not None:
+            found = _stored_run(runs, config, data_fingerprint)
+            if found is not None:
+                return found
     return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
@@ -137,9 +164,31 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def find_checkpoint(folder: Path) -> ResumePoint:
-    """The newest whole checkpoint of a run."""
-    checkpoint, complaints = newest_checkpoint(folder / "checkpoints")
+def _stored_run(runs: Path, config: Config, data_fingerprint: str) -> Path | None:
+    """The newest unfinished run with these settings that lies in run.storage and not on this disk; its record is brought."""
+    assert config.run.storage is not None
+    stored = Storage(config.run.storage).below(RUNS)
+    names = sorted({Path(name).parts[0] for name in stored.list() if Path(name).name == RECORD_FILE}, reverse=True)
+    for name in names:
+        if (runs / name).exists() or ".before-" in name:
+            continue
+        first = (stored.read(f"{name}/{RECORD_FILE}", end=HEAD_BYTES) or b"").partition(b"\n")[0]
+        with suppress(ValueError):  # torn, or of another kind
+            if _differences(decode_line(first), config, data_fingerprint, OPERATIONAL):
+                continue
+            data = stored.read(f"{name}/{RECORD_FILE}") or b""
+            if status_of(whole_lines(data)) != "finished":
+                bring_record(runs / name, stored.below(name))
+                return runs / name
+    return None
+
+
+def find_checkpoint(folder: Path, storage: Storage | None = None) -> ResumePoint:
+    """The newest whole checkpoint of a run. With its folder in run.storage: of those here and there, brought here."""
+    if storage is None:
+        checkpoint, complaints = newest_checkpoint(folder / CHECKPOINTS)
+    else:
+        checkpoint, complaints = newest_of_both(folder / CHECKPOINTS, storage)
     if checkpoint is None:
         return ResumePoint(folder=None, version=0, skipped=0, steps={}, complaints=tuple(complaints))
     description = read_description(checkpoint)
@@ -154,8 +203,13 @@ def find_checkpoint(folder: Path) -> ResumePoint:
 
 def last_status(folder: Path) -> str | None:
     """How a run's last life ended: finished, failed, interrupted, or "unfinished"; None where there is no record."""
+    return status_of(read_record(folder))
+
+
+def status_of(lines: Iterable[Mapping[str, Any]]) -> str | None:
+    """The same of a record's lines."""
     status = None
-    for line in read_record(folder):
+    for line in lines:
         if line["kind"] in ("start", "resume"):
             status = "unfinished"
         elif line["kind"] == "end":
@@ -166,8 +220,12 @@ def last_status(folder: Path) -> str | None:
 def differences(folder: Path, config: Config, data_fingerprint: str, allowed: tuple[str, ...]) -> list[str]:
     """`field was x, is y` for the data and every setting that differ from the run's record, but for those that may."""
     start = start_of(folder)
-    if start is None:
-        return ["the run has no record"]
+    return ["the run has no record"] if start is None else _differences(start, config, data_fingerprint, allowed)
+
+
+def _differences(
+    start: Mapping[str, Any], config: Config, data_fingerprint: str, allowed: tuple[str, ...]
+) -> list[str]:
     before, now = flat_settings(start["config"]), flat_settings(json.loads(config.model_dump_json()))
     before["data fingerprint"], now["data fingerprint"] = start["data_fingerprint"], data_fingerprint
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

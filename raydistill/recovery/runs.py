@@ -1,4 +1,5 @@
-"""The verb `raydistill runs`: what lies in an output folder, and freeing the disk of what no run needs any more.
+"""The verb `raydistill runs`: what lies in an output folder or in run.storage, freeing the disk of what no run needs any
+more, and bringing runs from one to the other.
 
 Reads run folders only; needs no results store and imports nothing heavy.
 """
@@ -17,12 +18,13 @@ from raydistill.errors import UserError
 from raydistill.recovery.checkpoint import PREFIX, version_of
 from raydistill.recovery.keeper import read_best
 from raydistill.recovery.resume import last_status
+from raydistill.recovery.transfer import opened, pull, push, stored_runs
 from raydistill.results.record_lines import read_record
 from raydistill.results.run_folders import is_at_work
 from raydistill.results.tables import format_bytes
 
 SUMMARY = """\
-List the runs of an output folder with what they take on the disk, or prune them.
+List the runs of an output folder with what they take on the disk, or prune them; bring runs from run.storage or to it.
 
 Pruning removes, from runs that have finished, every checkpoint but the best and the last, and of those the optimizer state
 (they can be exported and evaluated, not continued); from other runs only what a crash left half-written. Records, exports
@@ -35,8 +37,12 @@ examples:
         what pruning would free
   raydistill runs prune 20260101-120000-student --output outputs/demo
         one run only
+  raydistill runs --storage s3://bucket/prefix
+        the runs in run.storage
+  raydistill runs pull NAME --storage s3://bucket/prefix --output outputs
+        all of a run on this disk, for evaluate, export, results and the rest; `push` is the other way
 """
-LEFTOVERS = (".writing-*", ".removing-*")
+LEFTOVERS = (".writing-*", ".removing-*", ".fetching-*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +79,20 @@ class Run:
 def runs_command(argv: Sequence[str]) -> int:
     """The verb `runs`."""
     arguments = _parser().parse_args(list(argv))
-    runs = find_runs(arguments.output)
-    rows = (
-        prune(runs, arguments.names, arguments.dry_run) if arguments.action == "prune" else [_row(run) for run in runs]
-    )
+    if arguments.action in ("pull", "push"):
+        return _transfer(arguments)
+    if arguments.storage is not None:
+        if arguments.action == "prune":
+            raise UserError(
+                "runs prune frees a disk; a run prunes its place in run.storage itself: leave --storage out"
+            )
+        rows = stored_runs(opened(arguments.storage, "list"))
+    elif arguments.action == "prune":
+        rows = prune(find_runs(arguments.output), arguments.names, arguments.dry_run)
+    else:
+        rows = [_row(run) for run in find_runs(arguments.output)]
     if not rows:
-        console.print(f"no runs in {arguments.output / 'runs'}")
+        console.print(f"no runs in {arguments.storage or arguments.output / 'runs'}")
     elif arguments.json:
         print_table(rows, list(rows[0]), json=True)
     else:
@@ -89,10 +103,30 @@ def runs_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def _transfer(arguments: argparse.Namespace) -> int:
+    """The actions `pull` and `push`."""
+    storage = opened(arguments.storage, arguments.action)
+    if not arguments.names:
+        raise UserError(f"runs {arguments.action} needs the names of runs; `raydistill runs` lists them")
+    for name in arguments.names:
+        if arguments.action == "pull":
+            folder = pull(storage, arguments.output.absolute(), name)
+            console.print(f"{name} is in {folder}", soft_wrap=True)
+        else:
+            push(storage, arguments.output.absolute(), name)
+            console.print(f"{name} is in {storage.url}", soft_wrap=True)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("runs", SUMMARY, EXAMPLES, takes_config=False)
-    parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list")
-    parser.add_argument("names", nargs="*", metavar="RUN", help="prune these runs only (default: all)")
+    parser.add_argument("action", nargs="?", choices=("list", "prune", "pull", "push"), default="list")
+    parser.add_argument(
+        "names", nargs="*", metavar="RUN", help="prune these runs only (default: all); pull or push these"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL", help="run.storage of the runs: list what is there, pull from it, push to it"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("outputs"), help="run.output of the runs (default: %(default)s)"
     )

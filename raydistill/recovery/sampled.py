@@ -21,6 +21,7 @@ from raydistill.config import Config
 from raydistill.health import completion_metrics
 from raydistill.merge import merge_samples
 from raydistill.messages import REFERENCE_VERSION, PromptBatch, Samples, StageReport, TokenRows
+from raydistill.recovery.storage import Storage
 from raydistill.roles import Rollouts, Sampled
 
 FOLDER = "sampled"
@@ -36,17 +37,17 @@ class SampledTokens:
         # Tokens are used again only under the settings that their policies came from.
         self._key = json.dumps({name: getattr(config.trainer, name) for name in SHAPES_THE_POLICY})
 
-    def keep(self, step: int, rank: int, parts: Sequence[Samples]) -> None:
+    def keep(self, step: int, rank: int, parts: Sequence[Samples]) -> str | None:
         """Write one rank's sampled sequences; references of the data set are known anyway. Best effort: a full disk
-        costs the repetition, not the run."""
+        costs the repetition, not the run. Returns the file's name in the run's folder, None if there is none."""
         sampled = [part for part in parts if REFERENCE_VERSION not in part.policy_versions]
         if not sampled:
-            return
+            return None
         whole = merge_samples(sampled)
         path = self._folder / f"step-{step:06d}-rank-{rank}.npz"
         partial = path.with_suffix(".partial")
         with suppress(OSError):
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 np.savez(
                     file,
@@ -61,6 +62,8 @@ class SampledTokens:
                     finish_reasons=np.array(whole.finish_reasons, dtype=str),
                 )
             os.replace(partial, path)
+            return f"{FOLDER}/{path.name}"
+        return None
 
     def of(self, prompts: PromptBatch) -> Samples | None:
         """The kept answers to exactly these prompts, in their order; None unless every one is there."""
@@ -79,8 +82,22 @@ class SampledTokens:
     def forget(self, before_step: int) -> None:
         """Remove what a checkpoint covers."""
         for path in self._folder.glob("step-*"):
-            if int(path.name.split("-")[1]) < before_step:
+            if _step_of(path.name) < before_step:
                 path.unlink(missing_ok=True)
+
+    @staticmethod
+    def forget_stored(run: Storage, before_step: int) -> None:
+        """The same in the run's folder in run.storage."""
+        for name in run.list(FOLDER):
+            if _step_of(Path(name).name) < before_step:
+                run.remove(name)
+
+    def bring(self, run: Storage, from_step: int) -> None:
+        """Bring here what ranks on other disks kept; what is here already stays."""
+        for name, size in run.list(FOLDER).items():
+            path = self._folder / Path(name).name
+            if _step_of(path.name) >= from_step and not path.exists():  # after a crash there are few
+                run.get(name, path, size)
 
     def _read(self, path: Path, step: int) -> Samples | None:
         try:
@@ -98,6 +115,10 @@ class SampledTokens:
                 )
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
             return None  # torn or foreign: sampled anew
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 class ReplayedRollouts:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from raydistill.errors import UserError
 from raydistill.results.record_lines import RECORD_FILE
 
 LOCK = "run.lock"
@@ -14,6 +15,19 @@ LOCK = "run.lock"
 def run_folders(folder: Path) -> list[Path]:
     """Every run folder directly in `folder`, or in its `runs/` (so that an output folder will do), by name."""
     return sorted(path.parent for pattern in ("*", "runs/*") for path in folder.glob(f"{pattern}/{RECORD_FILE}"))
+
+
+def refuse_url(path: Path | str) -> None:
+    """UserError where a folder of this disk is wanted and a run in run.storage is named."""
+    scheme, separator, place = str(path).partition(":/")  # a Path has lost the second slash
+    if not separator or not scheme.isalnum() or Path(path).exists():
+        return
+    root, _, name = place.strip("/").rpartition("/runs/")
+    url, name = f"{scheme}://{root or place.strip('/')}", name.partition("/")[0] or "NAME"
+    raise UserError(
+        f"{scheme}://{place.strip('/')} is not on this disk; bring the run here with `raydistill runs pull {name} --storage "
+        f"{url}` and name outputs/runs/{name}"
+    )
 
 
 def is_at_work(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, de
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
 from raydistill.recovery.keeper import read_best
 from raydistill.results.record_lines import evaluations_of, recorded_config, require_start
+from raydistill.results.run_folders import refuse_url
 from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def export_run(
 ) -> ExportReport:
     """Write the folder; everything that can be refused is refused before a model is loaded. hub: in place of
     huggingface_hub, in tests."""
+    refuse_url(run)
     start = require_start(run)
     config = recorded_config(start, run, f"its own export is {run / EXPORT_FOLDER}")
     if to.exists():

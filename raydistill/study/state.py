@@ -22,7 +22,7 @@ from raydistill.ptq.baselines import Baseline
 from raydistill.recovery.resume import flat_settings, is_listed
 
 FILE = "study.json"
-MAY_CHANGE = ("run.name", "run.output", "run.verbose", "run.resume", "cluster.", "results.")
+MAY_CHANGE = ("run.name", "run.output", "run.storage", "run.verbose", "run.resume", "cluster.", "results.")
 """Fields that a study may go on with although they differ."""
 
 

@@ -50,11 +50,16 @@ class SweepHost:
         Returns its summary as plain JSON types, with what was shared so far (`shares`).
         """
         from raydistill.launch import Launch, RunSummary, Within
+        from raydistill.recovery.bring import bring_record
+        from raydistill.recovery.resume import run_storage
 
         await self.stop(name)  # of an earlier process of this trial
         config = self._sweep.config_of(point, name)
         reports = self._reports[name] = asyncio.Queue()
         folder = (config.run.output / "runs" / name).absolute()
+        storage = run_storage(config, folder)
+        if storage is not None:
+            await asyncio.to_thread(bring_record, folder, storage)
         finished = RunSummary.of_finished(folder)
         if finished is not None:  # it ended just before whoever asked for it did
             reports.put_nowait(None)

@@ -12,6 +12,7 @@ from raydistill.report.sweep_page import write_sweep_page
 from raydistill.results.record_lines import read_record
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SHARES, SweepState, Trial
+from raydistill.sweep.stored import mirror_of
 from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_name
 
 
@@ -25,6 +26,7 @@ class SweepRecorder(Callback):
 
     def _open(self) -> None:
         self.state = SweepState.of(self._sweep)
+        self._mirror = mirror_of(self._sweep)
         self._console = Console(stderr=True, highlight=False)
 
     def __getstate__(self) -> Any:
@@ -35,23 +37,21 @@ class SweepRecorder(Callback):
         self._open()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        one = self.state.change(self._run(trial), values=point_of(trial.config), status="running", error=None)
+        one = self._change(self._run(trial), values=point_of(trial.config), status="running", error=None)
         self._console.print(f"{one.run} starts: {described(one)}", style="dim")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         metrics = {name: value for name, value in result.items() if name.startswith("evaluate/")}
-        self.state.change(self._run(trial), metrics=metrics)
+        self._change(self._run(trial), metrics=metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         summary = (trial.last_result or {}).get(SUMMARY)
         if summary is None:
             at = (trial.last_result or {}).get(VERSION)
-            one = self.state.change(
-                self._run(trial), status="stopped", error=f"the scheduler stopped it at version {at:g}"
-            )
+            one = self._change(self._run(trial), status="stopped", error=f"the scheduler stopped it at version {at:g}")
         else:
-            one = self.state.change(self._run(trial), status="finished", seconds=summary["seconds"])
             self.state.share(summary[SHARES])
+            one = self._change(self._run(trial), status="finished", seconds=summary["seconds"])
         value = one.metrics.get(self._sweep.file.metric)
         shown = "no value" if value is None else f"{value:.4g}"
         self._console.print(
@@ -62,9 +62,16 @@ class SweepRecorder(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         run = self._run(trial)
         folder = self._sweep.base.run.output.absolute() / "runs" / run
-        one = self.state.change(run, status="failed", error=reason_of(folder, trial))
+        one = self._change(run, status="failed", error=reason_of(folder, trial))
         self._console.print(f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
         self._draw()
+
+    def _change(self, run: str, **facts: Any) -> Trial:
+        """Note it in the sweep's file, and bring that to run.storage with what Tune wrote beside it."""
+        trial = self.state.change(run, **facts)
+        if self._mirror is not None:
+            self._mirror.push_tree()
+        return trial
 
     def _draw(self) -> None:
         write_sweep_page(self._sweep.folder)

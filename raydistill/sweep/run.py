@@ -21,7 +21,7 @@ from raydistill.config.load import require_inputs
 from raydistill.errors import ResourceError, SweepStopped, UserError
 from raydistill.launch import start_cluster
 from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
-from raydistill.preflight.storage import check_writable
+from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
 from raydistill.recovery.resume import LOCK, locked
 from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import start_delivery
@@ -32,8 +32,9 @@ from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.recorder import SweepRecorder
 from raydistill.sweep.spec import Sweep
-from raydistill.sweep.state import OVER, SweepState, read_state
-from raydistill.sweep.tuner import run_trials
+from raydistill.sweep.state import OVER, SweepState, trials_of
+from raydistill.sweep.stored import bring_sweep, mirrored, set_sweep_aside
+from raydistill.sweep.tuner import TUNE_FOLDER, run_trials
 from raydistill.worlds import resolve_world
 
 IDENTITY_FILE = "identity.json"
@@ -54,8 +55,12 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
     require_inputs(sweep.base)
     check_writable(sweep.base)
     check_results(sweep.base.results)
+    check_storage(sweep.base)
     if anew:
         _set_aside(sweep.folder)
+        set_sweep_aside(sweep)
+    else:
+        bring_sweep(sweep, TUNE_FOLDER)
     with locked(sweep.folder):
         base = resolve_world(sweep.base, console)
         sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection()}))
@@ -63,7 +68,9 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         start_cluster(base)
         check_placement(base, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
         check_parallel(base, sweep.file.parallel, ray.cluster_resources())
-        return _run(sweep, retry_failed)
+        check_nodes_reach_storage(base)
+        with mirrored(sweep, console):
+            return _run(sweep, retry_failed)
 
 
 def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
@@ -177,18 +184,10 @@ def _check_identity(sweep: Sweep, retry_failed: bool) -> None:
         raise UserError(
             f"sweep {sweep.name!r} cannot go on with other settings: {'; '.join(changed)}. Take them back, {way_out}"
         )
-    statuses = [trial["status"] for trial in _trials(sweep.folder)]
+    statuses = [trial["status"] for trial in trials_of(sweep.folder)]
     again = retry_failed and "failed" in statuses
     if sum(status in OVER for status in statuses) >= sweep.num_trials and not again:
         raise UserError(f"sweep {sweep.name!r} has finished (see {sweep.folder}); {way_out}")
-
-
-def _trials(folder: Path) -> list[dict[str, Any]]:
-    try:
-        trials: list[dict[str, Any]] = read_state(folder)["trials"]
-    except (OSError, ValueError):  # it was stopped before its first trial
-        return []
-    return trials
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -204,7 +203,7 @@ def _set_aside(folder: Path) -> None:
         return
     with locked(folder):
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        for trial in _trials(folder):
+        for trial in trials_of(folder):
             run = folder.parent.parent / "runs" / trial["run"]
             if run.exists():
                 run.rename(run.with_name(f"{run.name}.before-{stamp}"))

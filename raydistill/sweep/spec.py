@@ -43,6 +43,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NOT_SWEPT = (
     "run.name",
     "run.output",
+    "run.storage",
     "run.resume",
     "run.verbose",
     "results.uri",
@@ -119,7 +120,9 @@ class Sweep:
         """What may not change when an interrupted sweep goes on."""
         return {
             "space": {field: repr(values) for field, values in self.space.items()},
-            "settings": json.loads(self.base.model_dump_json(exclude={"run": {"verbose", "resume"}, "cluster": True})),
+            "settings": json.loads(
+                self.base.model_dump_json(exclude={"run": {"storage", "verbose", "resume"}, "cluster": True})
+            ),
             **self.file.model_dump(include={"metric", "mode", "sampler", "num_samples", "seeds", "scheduler", "asha"}),
         }
 

@@ -99,6 +99,15 @@ class SweepState:
         return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
 
 
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    """The trials of a sweep's file; none where it was stopped before its first."""
+    try:
+        trials: list[dict[str, Any]] = read_state(folder)["trials"]
+    except (OSError, ValueError):
+        return []
+    return trials
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The content of a sweep's file."""
     found: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())

@@ -38,13 +38,18 @@ from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
 from raydistill.recovery.checkpoint import read_description, version_of
 from raydistill.recovery.ledger import Ledger
+from raydistill.recovery.mirror import Mirror
+from raydistill.recovery.resume import run_storage
 from raydistill.recovery.sampled import SampledTokens
 from raydistill.tensors import CompletionModel, score_rows
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 from raydistill.trainer.save import load_rank, save_rank
 from raydistill.trainer.step import Ranks, run_step
+from raydistill.trainer.uploads import RankUploads
 
 JOIN_TIMEOUT_S = 60.0
+UPLOAD_SHARE = 0.5  # of trainer.timeout_s, for the uploads of one checkpoint: its step is not to count as lost
+LONGEST_UPLOAD_S = 900.0  # the ranks wait for one another, and torch gives up on that after half an hour
 Collected = tuple[StudentWeights | None, tuple[str, str | None]]
 """A version's whole trained state and its (weights hash, codes hash); (None, ("", None)) on other ranks than 0."""
 
@@ -107,6 +112,15 @@ class TrainerRank:
         self._recent: dict[int, dict[str, float]] = {}  # what a driver that dies may not have written down yet
         self._sampled = SampledTokens(job.run_folder, config)
         self._may_be_unrecorded = config.sync.max_staleness + 2
+        self._storage = run_storage(config, job.run_folder)
+        self._uploads, self._mirror = None, None
+        if self._storage is not None:
+            limit_s = min(config.trainer.timeout_s * UPLOAD_SHARE, LONGEST_UPLOAD_S)
+            self._uploads = RankUploads(job.run_folder, rank, self._storage, limit_s)
+            self._mirror = Mirror(job.run_folder, self._storage, keeps_trying=False)
+        self._stored: tuple[int, ...] = ()  # what the next outcome tells
+        self._storage_problem: str | None = None
+        self._record_ends = 0  # steps before it are in a record that is in the storage, if there is one
         self._ranks = Ranks(world_size=world_size, sum=self._sum_over_ranks)
         o = config.objective
         self._objective = Objective(
@@ -158,8 +172,13 @@ class TrainerRank:
                     skipped=done.skipped,
                     metrics=metrics,
                     spans=(self._span("wait", step, wait_start, start), self._span("trainer", step, start, trained)),
+                    stored=self._stored,
+                    storage_problem=self._storage_problem,
                 )
+                self._stored, self._storage_problem = (), None
                 self._ask(self._job.feed.report.remote(outcome))
+        if self._uploads is not None and self._uploads.waits:
+            self._uploads.bring()  # the driver looks what is there when every rank is done
 
     def _restore(self) -> int:
         """Take up the job's checkpoint, or start at version 0."""
@@ -168,8 +187,8 @@ class TrainerRank:
             self._skipped, self._saved = 0, -1
             self._ledger = Ledger(self._job.run_folder, self._rank)
             return 0
-        self._ledger = load_rank(folder, self._job.run_folder, self._rank, self._engine)
-        self._saved = version_of(folder)
+        self._ledger = load_rank(folder, self._job.run_folder, self._rank, self._engine, self._storage)
+        self._saved = self._record_ends = version_of(folder)
         self._skipped = int(read_description(folder)["skipped_steps"])
         return self._saved
 
@@ -179,7 +198,9 @@ class TrainerRank:
         if refs is None:
             return None
         parts = ray.get(refs, timeout=self._config.trainer.timeout_s)
-        self._sampled.keep(step, self._rank, [part.samples for part in parts])
+        kept = self._sampled.keep(step, self._rank, [part.samples for part in parts])
+        if kept is not None and self._mirror is not None:
+            self._mirror.push(kept)
         return split_scored(parts, self._config.trainer.sequences_per_micro_batch)
 
     def _wait_for_parts(self, step: int) -> list[Any] | None:
@@ -229,7 +250,8 @@ class TrainerRank:
         if version == self._saved:
             return
         weights, (weights_hash, codes_hash) = collected or self._collect(version)
-        self._recent = {step: m for step, m in self._recent.items() if step >= version - self._may_be_unrecorded}
+        unrecorded = version if self._uploads is None else self._record_ends
+        self._recent = {step: m for step, m in self._recent.items() if step >= unrecorded - self._may_be_unrecorded}
         description = {
             "weights_hash": weights_hash,
             "codes_hash": codes_hash,
@@ -239,8 +261,14 @@ class TrainerRank:
             "config": self._config.model_dump(mode="json"),
         }
         root = self._job.run_folder / "checkpoints"
-        save_rank(root, version, self._rank, self._engine, self._ledger, weights, description)
-        self._saved = version
+        has_storage = self._uploads is not None
+        save_rank(root, version, self._rank, self._engine, self._ledger, weights, description, has_storage)
+        before, self._saved = self._saved, version
+        if self._uploads is not None:
+            stored, self._storage_problem = self._uploads.bring(version)
+            self._stored += stored
+            if stored:
+                self._record_ends = max(before, 0)  # the driver sent it when it heard of the version before
 
     def _report_start(self, version: int, weights_hash: str, codes_hash: str | None) -> None:
         if self._rank == 0:

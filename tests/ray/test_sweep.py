@@ -67,12 +67,14 @@ def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_c
 def test_a_killed_or_stopped_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
     make_config: Any, tmp_path: Path
 ) -> None:
-    """Three lives of one command: the first is killed in the second trial, the second stopped in the third."""
+    """Three lives of one command. The first is killed in the second trial, and its disk is lost: the second goes on from
+    `run.storage`. That one is stopped in the third trial."""
     config = short_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
     config = config.model_copy(
         update={
             "objective": config.objective.model_copy(update={"on_policy_fraction": 0.0}),
             "trainer": config.trainer.model_copy(update={"num_steps": STEPS_OF_A_STOPPED_SWEEP}),
+            "run": config.run.model_copy(update={"storage": f"file://{tmp_path}/remote"}),
         }
     )
     file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3, 4e-3]')
@@ -88,6 +90,8 @@ def test_a_killed_or_stopped_sweep_keeps_its_finished_trials_and_goes_on_in_the_
             finally:
                 sweep.send_signal(number)
                 codes.append(sweep.wait(120))
+            if number == signal.SIGKILL:  # whatever still writes there writes to what is gone
+                (tmp_path / "out").rename(tmp_path / "gone")
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=400, check=False)
     text = (tmp_path / "log").read_text()
     assert [*codes, done.returncode] == [-signal.SIGKILL, EXIT_INTERRUPTED, 0], text[-3000:]

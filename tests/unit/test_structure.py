@@ -85,6 +85,7 @@ LIBRARY_HOMES = {
     "llmcompressor": ("raydistill.ptq.runner",),
     "huggingface_hub": ("raydistill.serving.export", "raydistill.evaluate.hub"),
     "lm_eval": ("raydistill.evaluate",),
+    "fsspec": ("raydistill.recovery.storage",),
 }
 
 # Rooms whose libraries are listed in full (besides the standard library).

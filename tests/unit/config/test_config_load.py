@@ -241,6 +241,9 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 
 COMBINATIONS = [
+    ("run.storage=bucket/prefix", ["run.storage='bucket/prefix'", "is no URL", "s3://bucket/prefix"]),
+    ("run.storage=s3://", ["run.storage='s3://'", "names no bucket"]),
+    ("run.storage=file://outputs", ["run.storage='file://outputs'", "file:///outputs"]),
     ("objective.beta=1e-4", ["objective.beta=0.0001", "float32"]),
     ("objective.distill_weight=0", ["objective.distill_weight=0", "objective.ce_weight=0"]),
     ("objective.distill_weight=0 objective.ce_weight=1", ["distill_weight=0", "objective.on_policy_fraction=0.5"]),

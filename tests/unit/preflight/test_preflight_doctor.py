@@ -10,10 +10,10 @@ import pytest
 
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
-from raydistill.errors import ResourceError
+from raydistill.errors import ResourceError, UserError
 from raydistill.preflight.doctor import doctor_command
 from raydistill.preflight.findings import check_ports, template_warnings
-from raydistill.preflight.storage import check_room, check_writable
+from raydistill.preflight.storage import check_room, check_storage, check_writable
 
 
 def arguments(tiny_world: Any, output: Path, *more: str) -> list[str]:
@@ -97,6 +97,29 @@ def test_an_output_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
     config = Config.model_validate({"run": {"output": tmp_path / "file" / "outputs"}})
     with pytest.raises(ResourceError, match=r"choose another run\.output"):
         check_writable(config)
+
+
+def test_a_storage_is_written_and_read_back(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"file://{tmp_path}/remote"
+    code, found = report(capsys, arguments(tiny_world, tmp_path, "--run.storage", url))
+    assert code == 0
+    assert found["run.storage"] == [
+        {"check": "run.storage", "status": "ok", "text": f"{url} was written and read back"}
+    ]
+    assert list((tmp_path / "remote").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "said"), [("nope://bucket/x", "cannot be opened"), ("file:///proc/nobody/x", "failed")]
+)
+def test_a_storage_that_cannot_be_used_is_a_problem(monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
+    monkeypatch.setattr("raydistill.recovery.storage.PAUSES_S", ())
+    config = Config.model_validate({"run": {"storage": url}})
+    with pytest.raises(UserError, match=f"run.storage='{url}'.*{said}") as wrong:
+        check_storage(config)
+    assert "\n" not in str(wrong.value)
 
 
 def test_checkpoints_that_do_not_fit_the_disk_are_a_problem(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from raydistill.messages import Samples, TokenRows
 from raydistill.recovery.ledger import Ledger, ledger_path, ledger_problems, read_ledger
 
@@ -63,3 +65,27 @@ def test_missing_double_and_foreign_sequences_are_found(tmp_path: Path) -> None:
         "1 sequences missing, first (step, index) (0, 3)",
         "1 sequences of no known step, first (step, index) (0, 9)",
     ]
+
+
+def test_a_ledger_on_another_disk_is_brought_and_a_foreign_one_replaced(tmp_path: Path) -> None:
+    from raydistill.errors import RunError
+    from raydistill.recovery.ledger import bring_ledger
+    from raydistill.recovery.storage import Storage
+
+    ledger = Ledger(tmp_path / "here", rank=0)
+    ledger.add(samples(0, (0, 1)))
+    size, digest = ledger.commit(), ledger.sha256
+    run = Storage(f"file://{tmp_path}/remote")
+    run.put(ledger_path(tmp_path / "here", 0), "ledger/rank-0.jsonl")
+    other = ledger_path(tmp_path / "other", 0)
+    bring_ledger(tmp_path / "other", 0, size, digest, run)
+    assert other.read_bytes() == ledger_path(tmp_path / "here", 0).read_bytes()
+    other.write_bytes(b"x" * (size + 10))  # of another life of the run, and longer
+    bring_ledger(tmp_path / "other", 0, size, digest, run)
+    assert other.stat().st_size == size
+    again = Ledger(tmp_path / "other", 0, size)
+    again.add(samples(1, (0, 1)))
+    ledger.add(samples(1, (0, 1)))
+    assert (again.commit(), again.sha256) == (ledger.commit(), ledger.sha256)
+    with pytest.raises(RunError, match="neither here nor in file://"):
+        bring_ledger(tmp_path / "other", 0, size, "another", run)
