@@ -56,7 +56,8 @@ def newest_of_both(root: Path, run: Storage) -> tuple[Path | None, list[str]]:
     One that the storage does not have yet is brought there, so that ranks on other disks find it. While the storage does
     not answer, this disk alone counts.
     """
-    stored, complaints = StoredCheckpoints(run), []
+    stored = StoredCheckpoints(run)
+    complaints: list[str] = []
     try:
         there = stored.versions()
     except StorageError as error:
