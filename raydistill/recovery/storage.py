@@ -159,9 +159,7 @@ class Storage:
         try:
             self._ask(place, size)
         except FileNotFoundError as error:
-            raise StorageError(
-                f"run.storage={self.url!r} does not exist; create the bucket (or folder) first"
-            ) from error
+            raise StorageError(f"run.storage={self.url!r} does not exist; create the bucket or folder first") from error
 
     def _ask(self, call: Callable[[Any, str], Answer], size: int = 0) -> Answer:
         """Try a few times. FileNotFoundError is an answer; anything else becomes a StorageError."""

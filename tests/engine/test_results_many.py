@@ -35,9 +35,12 @@ record = RunRecord(folder)
 record.start(name=folder.name, config={"trainer": {"num_steps": steps}}, provenance={}, seed=0, parent=parent)
 for step in range(steps):
     record.step(step, {"m": float(step), "n": -float(step)})
-    time.sleep(0.1)
+    while step == steps // 2 and not (folder.parents[1] / "go-on").exists():
+        time.sleep(0.05)
+    time.sleep(0.02)
 record.end("finished")
 """
+"""Waits in the middle of its steps, so that what is to happen by then does, however slow the machine is."""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,7 @@ def test_eight_writers_and_a_deliverer_killed_on_the_way_lose_and_double_nothing
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     os.kill(writers[3].pid, signal.SIGKILL)
+    (tmp_path / "go-on").touch()
     second = start_delivery(runs, uri, EXPERIMENT, under=True)
     assert [writer.wait(120) for writer in writers] == [0, 0, 0, -signal.SIGKILL, 0, 0, 0, 0]
     sweep.end("finished")

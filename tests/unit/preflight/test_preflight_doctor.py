@@ -112,7 +112,7 @@ def test_a_storage_is_written_and_read_back(
 
 
 @pytest.mark.parametrize(
-    ("url", "said"), [("nope://bucket/x", "cannot be opened"), ("file:///proc/nobody/x", "does not exist")]
+    ("url", "said"), [("nope://bucket/x", "cannot be opened"), ("file:///proc/nobody/x", "does not exist; create")]
 )
 def test_a_storage_that_cannot_be_used_is_a_problem(monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
     monkeypatch.setattr("raydistill.recovery.storage.PAUSES_S", ())
