@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,10 @@ from raydistill.errors import RunError, UserError
 from raydistill.messages import StudentWeights, TokenRows
 from raydistill.models import StudentSpec
 
+if TYPE_CHECKING:
+    from raydistill.actors.vllm_engine import VllmEngine
+
+CHECKPOINT = "checkpoint"  # what the engine calls whose weights they are: here it holds one at a time
 MEMORY_SHARE = 0.85  # of a GPU
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,7 +57,7 @@ class _Engine:
     def __init__(self, base: EngineBase) -> None:
         self._adapter: Any = None
         self._num_adapters = 0
-        self._student: Any = None
+        self._student: VllmEngine | None = None
         self._eos_ids = list(base.eos_ids)
         length = base.max_tokens + 1
         if base.student is not None:
@@ -74,8 +78,7 @@ class _Engine:
         no cache serves an old one."""
         if self._student is not None:
             assert isinstance(over, StudentWeights)
-            codes_hash: str | None = self._student.load(over, want_codes=True)[1]
-            return codes_hash
+            return self._student.load(CHECKPOINT, over, want_codes=True)[1]
         from vllm.lora.request import LoRARequest
 
         assert not isinstance(over, StudentWeights)
