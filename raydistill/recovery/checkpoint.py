@@ -11,6 +11,7 @@ write (`trainer/save.py`), the driver finds the newest whole one (`newest_checkp
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from raydistill.messages import StudentWeights
 from raydistill.quant.hashing import hash_tensors
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "checkpoint.json"
+FULL_BYTES = 64 * 1024  # a disk with less is full: what failed wrote until nothing more went in
 PREFIX, WRITING = "step-", ".writing-"
 
 
@@ -93,12 +95,14 @@ def writing(root: Path, version: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own
-        final = checkpoint_folder(root, version)
+        final, is_full = checkpoint_folder(root, version), _is_full(root)
         for partial in root.glob(f"{_partial_name(final).name}*"):
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RunError):
             raise  # a clear line already
         reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_full:
+            reason = os.strerror(errno.ENOSPC)  # torch says "iostream error"
         raise RunError(
             f"checkpoint {final} could not be written ({reason}); earlier ones stand. Make room and start the same "
             "command again: it resumes from the last one"
@@ -169,6 +173,12 @@ def digest(path: Path) -> list[int | str]:
     _sync(path)
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _is_full(root: Path) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(root).free < FULL_BYTES
+    return False
 
 
 def _sync(path: Path) -> None:
