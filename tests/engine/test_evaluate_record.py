@@ -30,6 +30,6 @@ def test_a_recorded_curve_is_a_run_of_the_results_store(tiny_world: Any, tmp_pat
     }
     assert [line["name"] for line in lines if line["kind"] == "artifact"] == ["checkpoints"]
     (recorded,) = list_runs(default_uri(tmp_path / "outputs"))
-    assert (recorded["name"], recorded["status"]) == (folder.name, "finished")
-    assert recorded["metrics"]["evaluate/kl_nats"] == pytest.approx(table["step 4"]["kl_nats"])
-    assert recorded["params"]["quant.format"] == "int4"
+    assert (recorded.name, recorded.status) == (folder.name, "finished")
+    assert recorded.metrics["evaluate/kl_nats"] == pytest.approx(table["step 4"]["kl_nats"])
+    assert recorded.settings["quant.format"] == "int4"
