@@ -41,7 +41,7 @@ types: setup
 unit: setup
 	$(BIN)/pytest tests/unit
 
-test: setup  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
+test: setup  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; about 40 minutes on 2 cores
 	$(BIN)/pytest
 
 clean:  ## remove outputs and caches, keep the environment
