@@ -56,7 +56,7 @@ unit: setup
 	$(BIN)/pytest tests/unit -n 2
 
 # What starts real engines runs one after another: each of these tests takes both cores and gigabytes.
-test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
+test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; about 40 minutes on 2 cores
 	$(BIN)/pytest tests/engine tests/ray tests/gpu --durations 15
 
 clean:  ## remove outputs and caches, keep the environment
