@@ -77,6 +77,9 @@ def start_cluster(config: Config) -> None:
     """Join the Ray cluster, or start a local one. Does nothing if this process is connected already."""
     import ray
 
+    from raydistill.quiet import ray_speaks_on_stderr
+
+    ray_speaks_on_stderr()
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")

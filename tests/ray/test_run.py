@@ -31,7 +31,7 @@ from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError, RunError
 from raydistill.launch import Pools, RunSummary, make_pools, run
-from raydistill.messages import EvalReport, LoadReport, StageReport, StepOutcome
+from raydistill.messages import EvalReport, Exported, LoadReport, StageReport, StepOutcome
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.reproduce import reproduce_command
 from raydistill.results.record import read_record, read_spans
@@ -162,7 +162,7 @@ def test_the_driver_receives_small_messages_only(overlapped: Any) -> None:
     assert len(sizes) > 5 * NUM_STEPS
     assert max(sizes) < 10_000
     messages = {type(value) for _, value in mailbox.received if type(value).__module__.startswith("raydistill.")}
-    assert messages == {StageReport, LoadReport, StepOutcome, EvalReport}
+    assert messages == {StageReport, LoadReport, StepOutcome, EvalReport, Exported}
     assert not any(isinstance(value, (np.ndarray, torch.Tensor)) for _, value in mailbox.received)
 
 
