@@ -27,7 +27,7 @@ class SweepRecorder(Callback):
     def _open(self) -> None:
         self.state = SweepState.of(self._sweep)
         self._mirror = mirror_of(self._sweep)
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def __getstate__(self) -> Any:
         return self._sweep

@@ -6,6 +6,7 @@ runs them. The only module that knows Ray Tune.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
     """Run the whole sweep, or what is left of it. A trial that fails ends nothing; `callback` hears of it."""
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # of a failed trial the recorder says what is to be said
     folder = str(sweep.folder / TUNE_FOLDER)
     # Where the sweep's own process is: whatever other node is lost takes no trial along.
     here = {"cpu": THIN, f"node:{ray.util.get_node_ip_address()}": THIN}
