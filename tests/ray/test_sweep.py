@@ -20,7 +20,7 @@ from raydistill.sweep.run import check_parallel, run_sweep
 from raydistill.sweep.spec import Sweep, load_sweep
 from raydistill.sweep.state import read_state
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
