@@ -257,6 +257,7 @@ class Launch:
     async def _train(self, record: RunRecord, point: ResumePoint) -> RunSummary:
         """Attempt after attempt, until one ends; an attempt that gets no further than the one before it is the last."""
         from raydistill.attempt import Attempt
+        from raydistill.recovery.checkpoint import CHECKPOINTS
         from raydistill.recovery.keeper import CheckpointKeeper
         from raydistill.recovery.resume import find_checkpoint
         from raydistill.recovery.sampled import SampledTokens
@@ -267,7 +268,7 @@ class Launch:
             self._pools = make_pools(config)
         keeping = config.checkpoint
         sampled = SampledTokens(self._folder, config)
-        root = self._folder / "checkpoints"
+        root = self._folder / CHECKPOINTS
         keeper = CheckpointKeeper(
             root, keeping.keep_last, keeping.keep_best, config.evaluates, sampled, storage=self._storage
         )

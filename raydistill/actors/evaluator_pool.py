@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from raydistill.actors.evaluator import EvaluatorActor
-from raydistill.actors.pool import ActorPool
+from raydistill.actors.pool import ActorPool, PoolOfRuns
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.config import EvaluationSection, ObjectiveSection
 from raydistill.messages import EvalReport, Exported, Samples, TokenRows
@@ -35,7 +35,7 @@ ScoreHeldOut = Callable[[], Awaitable[list[Handle]]]
 """Asks the teachers for their answers on the held-out references."""
 
 
-class EvaluatorPool:
+class EvaluatorPool(PoolOfRuns):
     """One evaluation actor that several runs can share."""
 
     def __init__(self, section: EvaluationSection, timeout_s: float, by_role: bool = False) -> None:
@@ -86,10 +86,6 @@ class EvaluatorPool:
         """Let go of what the actor keeps for a run."""
         if self._runs.pop(name, None) is not None:
             await self._pool.tell("end", name)
-
-    async def close(self) -> None:
-        """End every actor."""
-        self._pool.shutdown()
 
 
 @dataclass(kw_only=True)

@@ -151,3 +151,18 @@ class ActorPool(Generic[Actor]):
         self._is_shut_down = True
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
+
+
+class PoolOfRuns:
+    """What the pools of all roles have in common: actors that several runs share."""
+
+    _pool: ActorPool[Any]
+
+    @property
+    def queue_depth(self) -> int:
+        """Calls handed out and not answered."""
+        return self._pool.queue_depth
+
+    async def close(self) -> None:
+        """End every actor."""
+        self._pool.shutdown()

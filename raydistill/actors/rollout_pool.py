@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydistill.actors.engine import SamplingSettings
-from raydistill.actors.pool import ActorPool
+from raydistill.actors.pool import ActorPool, PoolOfRuns
 from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.actors.starting import NO_GPU, START_TIMEOUT_S, actor_options, start_actor
 from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
@@ -28,7 +28,7 @@ from raydistill.messages import LoadReport, PromptBatch, StageReport, TokenRows
 from raydistill.roles import Handle, Sampled
 
 
-class RolloutPool:
+class RolloutPool(PoolOfRuns):
     """N rollout actors; `begin` arms them for one run."""
 
     def __init__(self, section: RolloutSection, by_role: bool = False) -> None:
@@ -75,15 +75,6 @@ class RolloutPool:
         """Let go of what the actors keep for a run."""
         if self._runs.pop(name, None) is not None:
             await self._pool.tell("end", name)
-
-    @property
-    def queue_depth(self) -> int:
-        """Calls handed out and not answered."""
-        return self._pool.queue_depth
-
-    async def close(self) -> None:
-        """End every actor."""
-        self._pool.shutdown()
 
 
 @dataclass(kw_only=True)

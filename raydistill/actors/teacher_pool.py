@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
-from raydistill.actors.pool import ActorPool
+from raydistill.actors.pool import ActorPool, PoolOfRuns
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.actors.teacher import TeacherActor, TeacherRequest
 from raydistill.config import ObjectiveSection, TeacherSection
@@ -16,7 +16,7 @@ from raydistill.messages import StageReport, TokenRows
 from raydistill.roles import Handle
 
 
-class TeacherPool:
+class TeacherPool(PoolOfRuns):
     """M teacher actors; a piece of work goes to the actor with the fewest tokens outstanding, or to the one at home."""
 
     def __init__(self, section: TeacherSection, timeout_s: float, by_role: bool = False) -> None:
@@ -52,15 +52,6 @@ class TeacherPool:
         """Rows that the teachers computed and rows that were answered from those kept, since the actors started."""
         counts = await self._pool.broadcast("counts")
         return {name: sum(count[name] for count in counts) for name in ("computed_rows", "kept_rows")}
-
-    @property
-    def queue_depth(self) -> int:
-        """Calls handed out and not answered."""
-        return self._pool.queue_depth
-
-    async def close(self) -> None:
-        """End every actor."""
-        self._pool.shutdown()
 
 
 @dataclass(kw_only=True)

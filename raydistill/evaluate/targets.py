@@ -20,7 +20,7 @@ from raydistill.results.record_lines import RECORD_FILE
 from raydistill.results.run_folders import refuse_url
 from raydistill.results.tables import Role
 
-CHECKPOINTS, STEP = "checkpoints", "step-"
+CHECKPOINTS, STEP = "checkpoints", "step-"  # as in recovery/checkpoint.py, which costs the import of torch
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -29,6 +29,7 @@ from raydistill.errors import RunError
 from raydistill.messages import StudentWeights
 from raydistill.quant.hashing import hash_tensors
 
+CHECKPOINTS = "checkpoints"  # of a run
 WEIGHTS, DESCRIPTION = "weights.safetensors", "checkpoint.json"
 FULL_BYTES = 64 * 1024  # a disk with less is full: what failed wrote until nothing more went in
 PREFIX, WRITING = "step-", ".writing-"

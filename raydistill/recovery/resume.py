@@ -24,9 +24,8 @@ from filelock import FileLock, Timeout
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.recovery.bring import bring_record, newest_of_both, set_aside, whole_lines
-from raydistill.recovery.checkpoint import newest_checkpoint, read_description, version_of
+from raydistill.recovery.checkpoint import CHECKPOINTS, newest_checkpoint, read_description, version_of
 from raydistill.recovery.storage import Storage
-from raydistill.recovery.stored import FOLDER as CHECKPOINTS
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record, start_of
 from raydistill.results.run_folders import LOCK, is_at_work
 

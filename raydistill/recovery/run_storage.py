@@ -16,11 +16,11 @@ from rich.console import Console
 from raydistill.errors import RunError, StorageError
 from raydistill.messages import Exported
 from raydistill.recovery.bring import bring_folder, bring_ledgers
-from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, damage, version_of
+from raydistill.recovery.checkpoint import CHECKPOINTS, PREFIX, checkpoint_folder, damage, version_of
 from raydistill.recovery.mirror import Mirror
 from raydistill.recovery.sampled import SampledTokens
 from raydistill.recovery.storage import Storage
-from raydistill.recovery.stored import FOLDER, StoredCheckpoints, make_whole
+from raydistill.recovery.stored import StoredCheckpoints, make_whole
 from raydistill.results.record_lines import RECORD_FILE
 
 BEST = "best.json"
@@ -55,8 +55,8 @@ class RunStorage:
         self.look()
         try:
             sampled.bring(self.run, from_step)
-            if not (self._folder / FOLDER / BEST).exists():
-                self.run.get(f"{FOLDER}/{BEST}", self._folder / FOLDER / BEST)
+            if not (self._folder / CHECKPOINTS / BEST).exists():
+                self.run.get(f"{CHECKPOINTS}/{BEST}", self._folder / CHECKPOINTS / BEST)
         except StorageError as error:  # steps are sampled anew, then
             self.mirror.note(str(error))
 
@@ -100,7 +100,7 @@ class RunStorage:
 
     def newest_here(self) -> list[int]:
         """The newest checkpoint on this disk, with which a run that was stopped goes on."""
-        return sorted(version_of(folder) for folder in (self._folder / FOLDER).glob(f"{PREFIX}*"))[-1:]
+        return sorted(version_of(folder) for folder in (self._folder / CHECKPOINTS).glob(f"{PREFIX}*"))[-1:]
 
     def settle(self, limit_s: float, expected: Iterable[int] = ()) -> list[str]:
         """Bring what is missing there and lies here, and the ledgers of ranks on other disks here. Blocks.
@@ -115,7 +115,7 @@ class RunStorage:
         try:
             stored = StoredCheckpoints(run)
             missing = sorted(set(expected) - stored.versions())
-            for folder in sorted((self._folder / FOLDER).glob(f"{PREFIX}*")):
+            for folder in sorted((self._folder / CHECKPOINTS).glob(f"{PREFIX}*")):
                 if version_of(folder) in missing and damage(folder) is None:
                     stored.put(folder)
                     missing.remove(version_of(folder))
@@ -123,7 +123,7 @@ class RunStorage:
         except StorageError as error:
             self.mirror.note(str(error))
             missing = missing or sorted(set(expected) - self.versions)
-        return left + [f"{FOLDER}/{checkpoint_folder(Path(), version).name}" for version in missing]
+        return left + [f"{CHECKPOINTS}/{checkpoint_folder(Path(), version).name}" for version in missing]
 
 
 @asynccontextmanager

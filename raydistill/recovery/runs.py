@@ -15,7 +15,7 @@ from typing import Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.errors import UserError
-from raydistill.recovery.checkpoint import PREFIX, version_of
+from raydistill.recovery.checkpoint import CHECKPOINTS, PREFIX, version_of
 from raydistill.recovery.keeper import read_best
 from raydistill.recovery.resume import last_status
 from raydistill.recovery.transfer import opened, pull, push, stored_runs
@@ -57,11 +57,11 @@ class Run:
         return self.status == "finished"
 
     def checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob(f"{PREFIX}*"))
+        return sorted((self.folder / CHECKPOINTS).glob(f"{PREFIX}*"))
 
     def disposable(self) -> Iterator[Path]:
         """What pruning removes."""
-        root = self.folder / "checkpoints"
+        root = self.folder / CHECKPOINTS
         if self.status == "at work":
             return
         for pattern in LEFTOVERS:

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from raydistill.errors import RunError, StorageError
 from raydistill.recovery.checkpoint import (
+    CHECKPOINTS,
     DESCRIPTION,
     PREFIX,
     checkpoint_folder,
@@ -30,7 +31,6 @@ from raydistill.recovery.checkpoint import (
 )
 from raydistill.recovery.storage import Storage
 
-FOLDER = "checkpoints"
 FETCHING = ".fetching-"
 FETCH_LOCK = ".fetching.lock"
 
@@ -43,7 +43,7 @@ class StoredCheckpoints:
 
     def versions(self) -> set[int]:
         """Of the checkpoints that were brought whole."""
-        names = (Path(name) for name in self._run.list(FOLDER))
+        names = (Path(name) for name in self._run.list(CHECKPOINTS))
         return {
             version_of(name.parent)
             for name in names
@@ -133,4 +133,4 @@ def make_whole(folder: Path, run: Storage | None) -> None:
 
 
 def _name(version: int) -> str:
-    return f"{FOLDER}/{checkpoint_folder(Path(), version).name}"
+    return f"{CHECKPOINTS}/{checkpoint_folder(Path(), version).name}"

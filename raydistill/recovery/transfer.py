@@ -7,10 +7,10 @@ from typing import Any
 
 from raydistill.errors import RunError, StorageError, UserError
 from raydistill.recovery.bring import bring_record, whole_lines
-from raydistill.recovery.checkpoint import DESCRIPTION, PREFIX, damage
+from raydistill.recovery.checkpoint import CHECKPOINTS, DESCRIPTION, PREFIX, damage
 from raydistill.recovery.resume import RUNS, last_status, status_of
 from raydistill.recovery.storage import Storage
-from raydistill.recovery.stored import FOLDER, StoredCheckpoints
+from raydistill.recovery.stored import StoredCheckpoints
 from raydistill.results.record_lines import RECORD_FILE
 from raydistill.results.run_folders import is_at_work
 
@@ -46,13 +46,13 @@ def pull(root: Storage, output: Path, name: str) -> Path:
     bring_record(folder, run)
     stored = StoredCheckpoints(run)
     for version in sorted(stored.versions()):
-        problem = stored.bring(folder / FOLDER, version)
+        problem = stored.bring(folder / CHECKPOINTS, version)
         if problem is not None:
             raise RunError(
                 f"checkpoint {version} in {run.url} is damaged: {problem}; the rest of the run was not brought"
             )
     for path, size in sizes.items():
-        if not path.startswith(f"{FOLDER}/{PREFIX}") and path != RECORD_FILE:
+        if not path.startswith(f"{CHECKPOINTS}/{PREFIX}") and path != RECORD_FILE:
             run.get(path, folder / path, size)
     return folder
 
@@ -69,10 +69,10 @@ def push(root: Storage, output: Path, name: str) -> None:
             f"{run.url} has gone further than {folder}, whose record was brought up to it; nothing was pushed"
         )
     stored = StoredCheckpoints(run)
-    for checkpoint in sorted((folder / FOLDER).glob(f"{PREFIX}*")):
+    for checkpoint in sorted((folder / CHECKPOINTS).glob(f"{PREFIX}*")):
         if damage(checkpoint) is None:
             stored.put(checkpoint)
-    kept = (f"{FOLDER}/{PREFIX}", f"{FOLDER}/.", RECORD_FILE)
+    kept = (f"{CHECKPOINTS}/{PREFIX}", f"{CHECKPOINTS}/.", RECORD_FILE)
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"):
         inside = path.relative_to(folder).as_posix()
         if not inside.startswith(kept):

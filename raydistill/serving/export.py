@@ -19,7 +19,14 @@ from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
 from raydistill.evaluate.run_defaults import EXPORT_FOLDER, SOURCE_FILE, source_of
 from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
-from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, load_checkpoint, read_description, version_of
+from raydistill.recovery.checkpoint import (
+    CHECKPOINTS,
+    PREFIX,
+    checkpoint_folder,
+    load_checkpoint,
+    read_description,
+    version_of,
+)
 from raydistill.recovery.keeper import read_best
 from raydistill.results.record_lines import evaluations_of, recorded_config, require_start
 from raydistill.results.run_folders import refuse_url
@@ -167,7 +174,7 @@ def export_run(
 
 def find_weights(run: Path, wanted: str) -> StudentWeights:
     """The weights of a checkpoint: "best", "last" or a step. A UserError lists what there is."""
-    root = run / "checkpoints"
+    root = run / CHECKPOINTS
     present = sorted(root.glob(f"{PREFIX}*"), key=version_of)
     steps = [version_of(folder) for folder in present]
     there_are = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
@@ -259,7 +266,7 @@ def _packed_export(run: Path, config: Config, weights: StudentWeights, scratch: 
     from raydistill.quant.export import MANIFEST, export_live, layout_of, read_manifest
     from raydistill.quant.student import load_adapter_state
 
-    trained = read_description(checkpoint_folder(run / "checkpoints", weights.version)).get("codes_hash")
+    trained = read_description(checkpoint_folder(run / CHECKPOINTS, weights.version)).get("codes_hash")
     own = run / EXPORT_FOLDER
     if (own / MANIFEST).is_file():
         manifest = read_manifest(own)

@@ -10,10 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raydistill.errors import StorageError
-from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, read_description, remove_checkpoint, version_of
+from raydistill.recovery.checkpoint import (
+    CHECKPOINTS,
+    PREFIX,
+    checkpoint_folder,
+    read_description,
+    remove_checkpoint,
+    version_of,
+)
 from raydistill.recovery.ledger import ledger_name, ledger_path
 from raydistill.recovery.storage import Storage
-from raydistill.recovery.stored import FOLDER, StoredCheckpoints
+from raydistill.recovery.stored import StoredCheckpoints
 from raydistill.trainer.ranks import from_all, from_first
 from raydistill.trainer.save import is_lowest_rank
 
@@ -26,7 +33,7 @@ class RankUploads:
 
     def __init__(self, run_folder: Path, rank: int, run: Storage, limit_s: float) -> None:
         self._run_folder, self._rank, self._run, self._limit_s = run_folder, rank, run, limit_s
-        self._root = run_folder / FOLDER
+        self._root = run_folder / CHECKPOINTS
         self._waiting: list[int] = []  # versions that are not there yet; the same on every rank
         self._seen: set[int] = set()  # versions that were there at some time
 

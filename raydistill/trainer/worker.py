@@ -36,7 +36,7 @@ from raydistill.models import StudentSpec, build_student
 from raydistill.processes import this_process
 from raydistill.quant.hashing import hash_codes, hash_tensors
 from raydistill.quant.student import student_codes
-from raydistill.recovery.checkpoint import read_description, version_of
+from raydistill.recovery.checkpoint import CHECKPOINTS, read_description, version_of
 from raydistill.recovery.ledger import Ledger
 from raydistill.recovery.mirror import Mirror
 from raydistill.recovery.resume import run_storage
@@ -260,7 +260,7 @@ class TrainerRank:
             "steps": self._recent,
             "config": self._config.model_dump(mode="json"),
         }
-        root = self._job.run_folder / "checkpoints"
+        root = self._job.run_folder / CHECKPOINTS
         has_storage = self._uploads is not None
         save_rank(root, version, self._rank, self._engine, self._ledger, weights, description, has_storage)
         before, self._saved = self._saved, version
