@@ -50,6 +50,14 @@ def tiny_model(tiny_world: Any) -> Path:
     return folder
 
 
+@pytest.fixture
+def tiny() -> Any:
+    """The class `tiny_students.Tiny`; imported here, so that tests without models need not wait for transformers."""
+    from tiny_students import Tiny
+
+    return Tiny
+
+
 @pytest.fixture(scope="session")
 def architectures(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """name -> folder of a tiny random model of each tested architecture, with the tiny world's tokenizer."""

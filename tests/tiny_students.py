@@ -1,9 +1,8 @@
-"""Tiny random models for the tests of the quant room, as one fixture."""
+"""Tiny random models and students for the tests of the quant room; tests/conftest.py hands them on as `tiny`."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -98,8 +97,3 @@ class Tiny:
     def logits(cls, model: nn.Module) -> torch.Tensor:
         with torch.no_grad():
             return model(cls.ids()).logits
-
-
-@pytest.fixture
-def tiny() -> type[Tiny]:
-    return Tiny
