@@ -1,26 +1,20 @@
-"""The config that all runs of these tests start from."""
+"""The config that all runs of these tests start from, and the pools that most of them share."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import NUM_STEPS
+from run_helpers import HF, NUM_STEPS, merge
 
 from raydistill.config import Config
+from raydistill.launch import Pools, make_pools
 
 
-def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(tree)
-    for key, value in changes.items():
-        merged[key] = merge(tree.get(key, {}), value) if isinstance(value, dict) else value
-    return merged
-
-
-@pytest.fixture(scope="module")
-def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A config of the tiny world: float32, int4, merged, half on-policy by sequence; each test names what differs."""
+def base_config(tiny_world: Any, output: Path) -> dict[str, Any]:
     model = str(tiny_world.teacher_folder)
-    base = {
-        "run": {"output": str(tmp_path_factory.mktemp("outputs"))},
+    return {
+        "run": {"output": str(output)},
         "student": {"model": model, "dtype": "float32"},
         "teacher": {"model": model, "dtype": "float32", "num_cpus": 0.1},
         "data": {
@@ -48,7 +42,25 @@ def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> An
         "cluster": {"num_cpus": 8},
     }
 
+
+@pytest.fixture(scope="module")
+def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A config of the tiny world: float32, int2, merged, half on-policy by sequence; each test names what differs."""
+    base = base_config(tiny_world, tmp_path_factory.mktemp("outputs"))
+
     def make(**changes: Any) -> Config:
         return Config.model_validate(merge(base, changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pools(ray_cluster: Any, tiny_world: Any) -> Iterator[Pools]:
+    """Two rollout actors with transformers' engine, two teachers, an evaluation actor and the ranks of earlier runs.
+
+    A process of these costs ten seconds of a core before it does anything, so every test uses them that can.
+    """
+    base = merge(base_config(tiny_world, Path()), HF)
+    pools = make_pools(Config.model_validate(merge(base, {"rollout": {"num_actors": 2}, "teacher": {"num_actors": 2}})))
+    yield pools
+    pools.shutdown()

@@ -21,7 +21,18 @@ from raydistill.results.record import read_record
 
 QUIET = Console(quiet=True)
 NUM_STEPS = 8
+HF: dict[str, Any] = {
+    "rollout": {"engine": "hf"},
+    "teacher": {"model": None},
+}  # without a name: the student's own model
 THE_SWEEPS_OWN = ("name", "resume", "cache_gib")
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        merged[key] = merge(tree.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
 
 
 def serial_config(make_config: Any, name: str, **changes: Any) -> Config:

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, ray_
 from raydistill.config import Config
 from raydistill.errors import RunStopped
 from raydistill.evaluate.command import evaluate_command
-from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.launch import Pools, RunSummary, run
 from raydistill.quant.formats import Layout
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.recovery.ledger import ledger_problems
@@ -44,13 +43,6 @@ def config_of(make_config: Any, architectures: dict[str, Path]) -> Any:
         )
 
     return config_of
-
-
-@pytest.fixture(scope="module")
-def pools(ray_cluster: Any, config_of: Any) -> Iterator[Pools]:
-    pools = make_pools(config_of("llama", "any"))
-    yield pools
-    pools.shutdown()
 
 
 def check_chain(summary: RunSummary, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

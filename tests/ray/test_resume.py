@@ -11,30 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, losses, ray_process, serial_config
+from run_helpers import HF, QUIET, check_bitwise_equal, kill_after_step, lines, losses, ray_process, serial_config
 
 from raydistill.config import Config
 from raydistill.errors import RunError, RunStopped
-from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.launch import Pools, RunSummary, run
 from raydistill.recovery.checkpoint import checkpoint_folder, damage, version_of
 from raydistill.recovery.ledger import ledger_problems, read_ledger
 
 pytestmark = pytest.mark.ray
 
 STEPS = 6
-HF = {"rollout": {"engine": "hf"}, "teacher": {"model": None}}  # without a name: the student's own model
 
 
 def config_of(make_config: Any, name: str, **changes: Any) -> Config:
     trainer = {"num_steps": STEPS} | changes.pop("trainer", {})
     return serial_config(make_config, name, trainer=trainer, checkpoint={"save_every": 2}, **HF, **changes)
-
-
-@pytest.fixture(scope="module")
-def pools(ray_cluster: Any, make_config: Any) -> Iterator[Pools]:
-    pools = make_pools(config_of(make_config, "any"))
-    yield pools
-    pools.shutdown()
 
 
 @pytest.fixture(scope="module")

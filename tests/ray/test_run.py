@@ -18,19 +18,21 @@ import numpy as np
 import pytest
 import torch
 from run_helpers import (
+    HF,
     NUM_STEPS,
     QUIET,
     check_bitwise_equal,
     kill_after_step,
     last_weights,
     lines,
+    merge,
     serial_config,
 )
 
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError, RunError
-from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.launch import POOL_MAKERS, Pools, RunSummary, run
 from raydistill.messages import EvalReport, Exported, LoadReport, StageReport, StepOutcome
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.reproduce import reproduce_command
@@ -44,11 +46,11 @@ INLINE_BYTES = 100_000  # Ray sends smaller return values along with the answer;
 
 
 @pytest.fixture(scope="module")
-def vllm_pools(ray_cluster: Any, make_config: Any) -> Iterator[Pools]:
-    """One vLLM actor and one teacher for all runs: the import of vLLM is paid once."""
-    pools = make_pools(make_config())
-    yield pools
-    pools.shutdown()
+def vllm_pools(pools: Pools, make_config: Any) -> Iterator[Pools]:
+    """The session's pools with a vLLM actor for these tests: its import is paid once."""
+    rollouts = POOL_MAKERS["rollouts"](make_config())
+    yield replace(pools, rollouts=rollouts)
+    rollouts.shutdown()
 
 
 class DriverMailbox:
@@ -215,15 +217,11 @@ def test_reproduce_names_changed_data_before_it_starts(serial_twice: list[RunSum
     assert not (folder.parent / "first-reproduced").exists()
 
 
-def test_a_serial_run_with_two_trainer_workers_repeats_bit_for_bit(ray_cluster: Any, make_config: Any) -> None:
-    changes = {"rollout": {"engine": "hf", "num_actors": 2}, "teacher": {"num_actors": 2}}
+def test_a_serial_run_with_two_trainer_workers_repeats_bit_for_bit(pools: Pools, make_config: Any) -> None:
+    changes = merge(HF, {"rollout": {"num_actors": 2}, "teacher": {"num_actors": 2}})
     trainer = {"num_workers": 2, "sequences_per_micro_batch": 2}
     configs = [serial_config(make_config, f"two-workers-{i}", trainer=trainer, **changes) for i in range(2)]
-    pools = make_pools(configs[0])
-    try:
-        summaries = [run(config, pools, QUIET) for config in configs]
-    finally:
-        pools.shutdown()
+    summaries = [run(config, pools, QUIET) for config in configs]
     check_bitwise_equal(*summaries, num_steps=3)
     assert all(summary.largest_gap_nats < 1e-5 for summary in summaries)
 
@@ -242,15 +240,14 @@ def test_a_served_adapter_trains_and_keeps_its_codes(vllm_pools: Pools, make_con
     assert (summary.export / "adapter").is_dir()
 
 
-def test_cross_entropy_on_the_data_set_needs_neither_teacher_nor_rollouts(ray_cluster: Any, make_config: Any) -> None:
+def test_cross_entropy_on_the_data_set_needs_neither_teacher_nor_rollouts(pools: Pools, make_config: Any) -> None:
     config = make_config(
         run={"name": "gold"},
         objective={"on_policy_fraction": 0.0, "distill_weight": 0.0, "ce_weight": 1.0},
         trainer={"num_steps": 4, "gradient_checkpointing": True},
     )
-    pools = make_pools(config)
-    assert (pools.rollouts, pools.teachers) == (None, None)
-    summary = run(config, pools, QUIET)
+    assert not config.needs_rollout_pool and not config.needs_teacher
+    summary = run(config, replace(pools, rollouts=None, teachers=None), QUIET)
     assert [line["step"] for line in lines(summary, "step")] == [0, 1, 2, 3]
     perplexity = {line["version"]: line["metrics"]["evaluate/perplexity"] for line in lines(summary, "evaluation")}
     assert perplexity[4] < perplexity[0]
@@ -333,23 +330,21 @@ def test_more_skipped_steps_than_allowed_stop_the_run(vllm_pools: Pools, make_co
     assert (end["kind"], end["status"]) == ("end", "failed")
 
 
-def test_a_rollout_actor_killed_mid_run_is_replaced_and_no_step_is_lost(ray_cluster: Any, make_config: Any) -> None:
+def test_a_rollout_actor_killed_mid_run_is_replaced_and_no_step_is_lost(
+    pools: Pools, ray_cluster: Any, make_config: Any
+) -> None:
     config = make_config(
         run={"name": "killed"},
-        rollout={"engine": "hf", "num_actors": 2},
+        **merge(HF, {"rollout": {"num_actors": 2}}),
         objective={"on_policy_fraction": 1.0},
         trainer={"num_steps": 6},
     )
-    pools = make_pools(config)
     victim = pools.rollouts.prepare()[0]
     pid = ray_cluster.get(victim)
     killer = threading.Thread(target=kill_after_step, args=(config.run.output / "runs" / "killed", 1, pid), daemon=True)
     killer.start()
-    try:
-        summary = run(config, pools, QUIET)
-        assert ray_cluster.get(pools.rollouts.prepare()[0]) != pid
-    finally:
-        pools.shutdown()
+    summary = run(config, pools, QUIET)
+    assert ray_cluster.get(pools.rollouts.prepare()[0]) != pid
     killer.join(5)
     assert not killer.is_alive()
     assert [line["step"] for line in lines(summary, "step")] == list(range(6))

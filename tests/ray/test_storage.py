@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, serial_config
+from run_helpers import HF, QUIET, check_bitwise_equal, kill_after_step, lines, serial_config
 from s3 import BUCKET, S3, s3_server
 
 from raydistill.config import Config
-from raydistill.launch import Pools, make_pools, run
+from raydistill.launch import Pools, run
 from raydistill.recovery.checkpoint import checkpoint_folder, damage, digests
 from raydistill.recovery.ledger import ledger_problems, read_ledger
 from raydistill.recovery.storage import Storage
@@ -36,17 +36,9 @@ def config_of(make_config: Any, name: str, output: Path, storage: str | None) ->
         name,
         trainer={"num_steps": STEPS, "num_workers": 2, "sequences_per_micro_batch": 2},
         checkpoint={"save_every": 2},
-        rollout={"engine": "hf"},
-        teacher={"model": None},
+        **HF,
     )
     return config.model_copy(update={"run": config.run.model_copy(update={"output": output, "storage": storage})})
-
-
-@pytest.fixture(scope="module")
-def pools(server: S3, ray_cluster: Any, make_config: Any) -> Iterator[Pools]:
-    pools = make_pools(config_of(make_config, "any", Path(), None))
-    yield pools
-    pools.shutdown()
 
 
 def stop_at_once_after(folder: Path, step: int) -> threading.Thread:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,11 +14,13 @@ from typing import Any
 
 import pytest
 from ray.util import get_node_ip_address
-from run_helpers import serial_config, wait_for_step
+from run_helpers import HF, QUIET, last_weights, serial_config, wait_for_step
 from safetensors.numpy import load_file
 from test_cluster_yaml import OBJECT_STORE_BYTES, end, free_port
 
-from raydistill.recovery.checkpoint import checkpoint_folder, damage
+from raydistill.config import Config
+from raydistill.launch import Pools, run
+from raydistill.recovery.checkpoint import WEIGHTS, checkpoint_folder, damage
 from raydistill.recovery.ledger import ledger_problems
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
@@ -89,15 +90,13 @@ def two_nodes() -> Iterator[TwoNodes]:
         assert not left, f"still running: {left}"
 
 
-def command_of(make_config: Any, nodes: TwoNodes, storage: str, name: str) -> list[str]:
-    config = serial_config(
-        make_config,
-        name,
-        rollout={"engine": "hf"},
-        teacher={"model": None},
-        trainer={"num_steps": STEPS, "num_workers": 2, "sequences_per_micro_batch": 2, "num_cpus": 0.8},
-        checkpoint={"save_every": 2},
-    )
+def config_of(make_config: Any, name: str, num_cpus: float) -> Config:
+    """0.8 CPUs for a rank: one fits on each node, both in the cluster of the session."""
+    trainer = {"num_steps": STEPS, "num_workers": 2, "sequences_per_micro_batch": 2, "num_cpus": num_cpus}
+    return serial_config(make_config, name, trainer=trainer, checkpoint={"save_every": 2}, **HF)
+
+
+def command_of(config: Config, nodes: TwoNodes, storage: str) -> list[str]:
     tree = config.model_dump(mode="json")
     tree["run"] |= {"output": str(nodes.output), "storage": storage}
     tree["cluster"] |= {"address": nodes.address, "by_role": True}
@@ -111,43 +110,33 @@ def command_of(make_config: Any, nodes: TwoNodes, storage: str, name: str) -> li
 
 
 def test_a_run_over_nodes_without_a_common_disk_survives_its_driver_and_its_disk(
-    make_config: Any, two_nodes: TwoNodes, tmp_path: Path
+    pools: Pools, make_config: Any, two_nodes: TwoNodes, tmp_path: Path
 ) -> None:
+    """It ends with the weights of a run that nothing happened to, on one node."""
     url = f"file://{tmp_path}/remote"  # the only folder that both nodes see, but for models and data
-    runs = two_nodes.output / "runs"
+    folder = two_nodes.output / "runs" / "killed"
+    command = command_of(config_of(make_config, "killed", 0.8), two_nodes, url)
+    environ = environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with (tmp_path / "log").open("w") as log:
-
-        def popen(name: str) -> subprocess.Popen[bytes]:
-            command = command_of(make_config, two_nodes, url, name)
-            root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-            return subprocess.Popen(command, env=environment() | root, stdout=log, stderr=log, start_new_session=True)
-
-        def finish(process: "subprocess.Popen[bytes]") -> None:
-            assert process.wait(400) == 0, (tmp_path / "log").read_text()[-4000:]
-
-        finish(popen("undisturbed"))
-        there = Storage(url).below("runs", "undisturbed")
-        seen = two_nodes.on_the_other_node("find", str(runs / "undisturbed"), "-name", "random-*.safetensors")
-        here = {path.name for path in (runs / "undisturbed").rglob("random-*.safetensors")}
-        assert seen, "a rank ran there"
-        assert StoredCheckpoints(there).versions() >= {STEPS}
-        assert "random-0.safetensors" in here | {Path(line).name for line in seen.splitlines()}
-
-        killed = popen("killed")
-        wait_for_step(runs / "killed", 2)
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait(30)
-        shutil.rmtree(runs / "killed")
-        finish(popen("killed"))
-    folder = runs / "killed"
+        first = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for_step(folder, 2)
+        finally:
+            first.kill()
+            first.wait(30)
+        shutil.rmtree(folder)
+        second = subprocess.run(command, env=environ, stdout=log, stderr=log, timeout=400, check=False)
+    assert second.returncode == 0, (tmp_path / "log").read_text()[-4000:]
     assert [line["step"] for line in read_record(folder) if line["kind"] == "step"] == list(range(STEPS))
     assert [line["step"] for line in read_record(folder) if line["kind"] == "resume"]
     assert ledger_problems(folder, range(STEPS), 8) == []
-    weights = []
-    for name in ("undisturbed", "killed"):
-        brought = tmp_path / name
-        assert StoredCheckpoints(Storage(url).below("runs", name)).bring(brought, STEPS) is None
-        assert damage(checkpoint_folder(brought, STEPS)) is None
-        weights.append(load_file(checkpoint_folder(brought, STEPS) / "weights.safetensors"))
-        assert (runs / name / "export" / "config.json").is_file(), "written on the other node, brought to the driver"
-    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+    assert (folder / "export" / "config.json").is_file(), "written on the other node, brought to the driver"
+    assert two_nodes.on_the_other_node("find", str(folder), "-name", "random-*.safetensors"), "a rank ran there"
+
+    there, brought = StoredCheckpoints(Storage(url).below("runs", "killed")), tmp_path / "brought"
+    assert there.versions() >= {STEPS}
+    assert there.bring(brought, STEPS) is None
+    assert damage(checkpoint_folder(brought, STEPS)) is None
+    undisturbed = last_weights(run(config_of(make_config, "undisturbed", 0.1), pools, QUIET), STEPS)
+    weights = load_file(checkpoint_folder(brought, STEPS) / WEIGHTS)
+    assert all((weights[key] == undisturbed[key]).all() for key in undisturbed)

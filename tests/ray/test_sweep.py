@@ -14,7 +14,7 @@ from run_helpers import QUIET, losses, sweep_file, trial_config, wait_for_step
 from raydistill.cli import EXIT_INTERRUPTED
 from raydistill.config import Config
 from raydistill.errors import ResourceError, UserError
-from raydistill.launch import run
+from raydistill.launch import Pools, run
 from raydistill.results.record import read_record
 from raydistill.sweep.run import check_parallel, run_sweep
 from raydistill.sweep.spec import Sweep, load_sweep
@@ -32,7 +32,7 @@ def short_config(make_config: Any, output: Path, **changes: Any) -> Config:
     return trial_config(make_config, output, rollout={"engine": "hf"}, trainer={"num_steps": STEPS}, **changes)
 
 
-def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_config: Any, tmp_path: Path) -> None:
+def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_config: Any, tmp_path: Path) -> None:
     """Two at a time: they take turns in one engine, and one that fails leaves the others alone."""
     config = short_config(make_config, tmp_path / "sweep")
     space = f'"trainer.learning_rate" = [1e-3, {NO_NUMBER}, 4e-3]'
@@ -57,7 +57,7 @@ def test_trials_share_pools_and_end_as_separate_runs_do(ray_cluster: Any, make_c
                 "trainer": config.trainer.model_copy(update={"learning_rate": rate}),
             }
         )
-        separate = run(alone, console=QUIET)
+        separate = run(alone, pools, QUIET)
         lines = read_record(tmp_path / "sweep" / "runs" / trial["run"])
         shared = [line["metrics"]["trainer/loss"] for line in lines if line["kind"] == "step"]
         np.testing.assert_allclose(shared, losses(separate), rtol=1e-5)
