@@ -55,10 +55,9 @@ types: setup
 unit: setup
 	$(BIN)/pytest tests/unit -n 2
 
-# Two files at a time, each in a process of its own with its own Ray: what waits for a process to start leaves the core
-# to the other. The files stay in this order, the long ones first.
+# What starts real engines runs one after another: each of these tests takes both cores and gigabytes.
 test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; about 40 minutes on 2 cores
-	$(BIN)/pytest tests/ray tests/engine tests/gpu -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/pytest tests/engine tests/ray tests/gpu --durations 15
 
 clean:  ## remove outputs and caches, keep the environment
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

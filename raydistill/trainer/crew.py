@@ -25,7 +25,8 @@ from raydistill.preflight.placement import ROLE_SHARE
 from raydistill.processes import Member, end_process
 from raydistill.trainer.controller import CONTROLLER, ControllerJoins
 from raydistill.trainer.feed import Feed
-from raydistill.trainer.worker import TrainerJob, serve
+from raydistill.trainer.job import TrainerJob
+from raydistill.trainer.worker import serve
 
 RAY_TRAIN_FOLDER = "ray_train"
 GIVE_UP_S = 30.0  # how long a lost crew may take to end by itself

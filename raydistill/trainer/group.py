@@ -18,7 +18,7 @@ from raydistill.config import Config
 from raydistill.errors import LostError, RunError, RunStopped
 from raydistill.messages import StepOutcome, TokenRows
 from raydistill.trainer.crew import GIVE_UP_S, TrainerCrew, last_line
-from raydistill.trainer.worker import TrainerJob
+from raydistill.trainer.job import TrainerJob
 
 START_TIMEOUT_S = 1800.0  # imports and a large model from a cold disk
 BEFORE_THE_FIRST = -1  # the "step" whose outcome is the version that training starts from

@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,6 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
-from raydistill.config import Config
 from raydistill.errors import RunError, UserError
 from raydistill.losses.objective import Objective
 from raydistill.merge import split_scored
@@ -29,7 +26,6 @@ from raydistill.messages import (
     Span,
     StepOutcome,
     StudentWeights,
-    TokenRows,
     reduce_metrics,
 )
 from raydistill.models import StudentSpec, build_student
@@ -43,6 +39,7 @@ from raydistill.recovery.resume import run_storage
 from raydistill.recovery.sampled import SampledTokens
 from raydistill.tensors import CompletionModel, score_rows
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
+from raydistill.trainer.job import TrainerJob
 from raydistill.trainer.save import load_rank, save_rank
 from raydistill.trainer.step import Ranks, run_step
 from raydistill.trainer.uploads import RankUploads
@@ -52,17 +49,6 @@ UPLOAD_SHARE = 0.5  # of trainer.timeout_s, for the uploads of one checkpoint: i
 LONGEST_UPLOAD_S = 900.0  # the ranks wait for one another, and torch gives up on that after half an hour
 Collected = tuple[StudentWeights | None, tuple[str, str | None]]
 """A version's whole trained state and its (weights hash, codes hash); (None, ("", None)) on other ranks than 0."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerJob:
-    """What the driver hands to every worker."""
-
-    config: Config
-    probes: TokenRows
-    feed: Any  # actor handle
-    run_folder: Path
-    resume_from: Path | None = None  # a checkpoint's folder
 
 
 def serve(feed: Any) -> None:

@@ -47,6 +47,8 @@ def base_config(tiny_world: Any, output: Path) -> dict[str, Any]:
 def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A config of the tiny world: float32, int2, merged, half on-policy by sequence; each test names what differs."""
     base = base_config(tiny_world, tmp_path_factory.mktemp("outputs"))
+    # Making a store takes MLflow longer than these runs take: they share one.
+    base["results"] = {"uri": f"sqlite:///{tmp_path_factory.getbasetemp()}/results.db"}
 
     def make(**changes: Any) -> Config:
         return Config.model_validate(merge(base, changes))
@@ -56,11 +58,10 @@ def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> An
 
 @pytest.fixture(scope="session")
 def pools(ray_cluster: Any, tiny_world: Any) -> Iterator[Pools]:
-    """Two rollout actors with transformers' engine, two teachers, an evaluation actor and the ranks of earlier runs.
+    """A rollout actor with transformers' engine, a teacher, an evaluation actor and the ranks of earlier runs.
 
     A process of these costs ten seconds of a core before it does anything, so every test uses them that can.
     """
-    base = merge(base_config(tiny_world, Path()), HF)
-    pools = make_pools(Config.model_validate(merge(base, {"rollout": {"num_actors": 2}, "teacher": {"num_actors": 2}})))
+    pools = make_pools(Config.model_validate(merge(base_config(tiny_world, Path()), HF)))
     yield pools
     pools.shutdown()

@@ -21,14 +21,13 @@ from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-KILLS = (  # trainer, feed and driver: test_resume.py
+KILLS = (  # trainer, feed and driver: test_resume.py; a node: the sweep below
     Kill(victim="rollout", moment="generate", step=2),
     Kill(victim="controller", moment="backward", step=4),
-    Kill(victim="raylet", moment="sync", step=7),
-    Kill(victim="teacher", moment="score", step=10, number=signal.SIGSTOP),
-    Kill(victim="evaluator", moment="evaluate", step=13),
+    Kill(victim="teacher", moment="score", step=7, number=signal.SIGSTOP),
+    Kill(victim="evaluator", moment="evaluate", step=10),
 )
-STEPS = 18
+STEPS = 15
 HANG_S = 15.0  # how long a call may take before its actor counts as dead
 
 

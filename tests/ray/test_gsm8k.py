@@ -41,6 +41,8 @@ def study(ray_cluster: Any, tmp_path: Path) -> Any:
         "int3",
         "--rollout.max_new_tokens",
         "32",
+        "--rollout.engine",
+        "hf",
     ]
     settings += ["--study.test_rows", "32", "--study.grid_rows", "32"]
     return Study(load_config(settings).config, Console(stderr=True), tmp_path)

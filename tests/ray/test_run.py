@@ -218,9 +218,8 @@ def test_reproduce_names_changed_data_before_it_starts(serial_twice: list[RunSum
 
 
 def test_a_serial_run_with_two_trainer_workers_repeats_bit_for_bit(pools: Pools, make_config: Any) -> None:
-    changes = merge(HF, {"rollout": {"num_actors": 2}, "teacher": {"num_actors": 2}})
     trainer = {"num_workers": 2, "sequences_per_micro_batch": 2}
-    configs = [serial_config(make_config, f"two-workers-{i}", trainer=trainer, **changes) for i in range(2)]
+    configs = [serial_config(make_config, f"two-workers-{i}", trainer=trainer, **HF) for i in range(2)]
     summaries = [run(config, pools, QUIET) for config in configs]
     check_bitwise_equal(*summaries, num_steps=3)
     assert all(summary.largest_gap_nats < 1e-5 for summary in summaries)
@@ -339,12 +338,15 @@ def test_a_rollout_actor_killed_mid_run_is_replaced_and_no_step_is_lost(
         objective={"on_policy_fraction": 1.0},
         trainer={"num_steps": 6},
     )
-    victim = pools.rollouts.prepare()[0]
-    pid = ray_cluster.get(victim)
+    rollouts = POOL_MAKERS["rollouts"](config)
+    pid = ray_cluster.get(rollouts.prepare()[0])
     killer = threading.Thread(target=kill_after_step, args=(config.run.output / "runs" / "killed", 1, pid), daemon=True)
     killer.start()
-    summary = run(config, pools, QUIET)
-    assert ray_cluster.get(pools.rollouts.prepare()[0]) != pid
+    try:
+        summary = run(config, replace(pools, rollouts=rollouts), QUIET)
+        assert ray_cluster.get(rollouts.prepare()[0]) != pid
+    finally:
+        rollouts.shutdown()
     killer.join(5)
     assert not killer.is_alive()
     assert [line["step"] for line in lines(summary, "step")] == list(range(6))

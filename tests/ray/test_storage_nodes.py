@@ -29,7 +29,7 @@ from raydistill.results.record import read_record
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 STEPS = 4
-HEAD, OTHER = {"trainer": 1, "rollout": 1}, {"trainer": 1, "teacher": 1}
+HEAD, OTHER = {"trainer": 1}, {"trainer": 1, "teacher": 1}
 
 
 def environment() -> dict[str, str]:
@@ -93,7 +93,9 @@ def two_nodes() -> Iterator[TwoNodes]:
 def config_of(make_config: Any, name: str, num_cpus: float) -> Config:
     """0.8 CPUs for a rank: one fits on each node, both in the cluster of the session."""
     trainer = {"num_steps": STEPS, "num_workers": 2, "sequences_per_micro_batch": 2, "num_cpus": num_cpus}
-    return serial_config(make_config, name, trainer=trainer, checkpoint={"save_every": 2}, **HF)
+    config = serial_config(make_config, name, trainer=trainer, checkpoint={"save_every": 2}, **HF)
+    objective = config.objective.model_copy(update={"on_policy_fraction": 0.0})  # two processes less for each life
+    return config.model_copy(update={"objective": objective})
 
 
 def command_of(config: Config, nodes: TwoNodes, storage: str) -> list[str]:
