@@ -18,9 +18,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many CUDA devices."""
+    """Tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many CUDA devices.
+
+    With `-n 2 --dist loadgroup` all tests of Ray are one process, which shares one cluster and its actors; the other one
+    takes the files that need none.
+    """
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.parent.name == "ray" else item.path.name))
         if markers := list(item.iter_markers("gpu")):
             import torch
 
