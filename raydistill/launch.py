@@ -201,6 +201,7 @@ class Launch:
         from raydistill.inputs import load_inputs
         from raydistill.preflight.placement import check_placement, largest_node_gpus
         from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
+        from raydistill.recovery.lease import held_async
         from raydistill.recovery.resume import find_checkpoint, locked, run_folder, run_storage
         from raydistill.recovery.run_storage import RunStorage, settled
         from raydistill.results.recorded import recorded
@@ -220,8 +221,11 @@ class Launch:
         stored = run_storage(config, self._folder)
         self._storage = None if stored is None else RunStorage(self._folder, stored)
         with locked(self._folder):
-            point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
-            async with settled(self._storage, self._console) as expected:
+            async with (
+                held_async(stored, self._say),
+                settled(self._storage, self._console) as expected,
+            ):
+                point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
                 # Everything from here on is in the run's record, failures included.
                 with (
                     recorded(
@@ -240,6 +244,9 @@ class Launch:
                     summary = await self._train(record, point)
                 expected |= {summary.best_version, config.trainer.num_steps}
             return summary
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, style="yellow", soft_wrap=True)
 
     def _examine(self, inputs: RunInputs) -> list[dict[str, Any]]:
         """What `raydistill doctor` would say of these inputs: problems end the run, warnings are shown."""

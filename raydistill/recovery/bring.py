@@ -15,6 +15,7 @@ from raydistill.recovery.checkpoint import (
     newest_checkpoint,
     version_of,
 )
+from raydistill.recovery.lease import refuse_driven
 from raydistill.recovery.ledger import FOLDER as LEDGER
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
@@ -45,8 +46,9 @@ def bring_record(folder: Path, run: Storage) -> bool:
 
 
 def set_aside(run: Storage) -> None:
-    """Give a run (or a sweep) in the storage another name, if there is one."""
+    """Give a run (or a sweep) in the storage another name, if there is one; UserError if somebody drives it."""
     if run.list():
+        refuse_driven(run)
         run.move_to(Storage(f"{run.url}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 

@@ -25,6 +25,7 @@ from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.recovery.bring import bring_record, newest_of_both, set_aside, whole_lines
 from raydistill.recovery.checkpoint import CHECKPOINTS, newest_checkpoint, read_description, version_of
+from raydistill.recovery.lease import living_driver
 from raydistill.recovery.storage import Storage
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record, start_of
 from raydistill.results.run_folders import LOCK, is_at_work
@@ -164,7 +165,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _stored_run(runs: Path, config: Config, data_fingerprint: str) -> Path | None:
-    """The newest unfinished run with these settings that lies in run.storage and not on this disk; its record is brought."""
+    """The newest unfinished run with these settings that lies in run.storage, not on this disk, and that nobody drives; its
+    record is brought."""
     assert config.run.storage is not None
     stored = Storage(config.run.storage).below(RUNS)
     names = sorted({Path(name).parts[0] for name in stored.list() if Path(name).name == RECORD_FILE}, reverse=True)
@@ -176,7 +178,7 @@ def _stored_run(runs: Path, config: Config, data_fingerprint: str) -> Path | Non
             if _differences(decode_line(first), config, data_fingerprint, OPERATIONAL):
                 continue
             data = stored.read(f"{name}/{RECORD_FILE}") or b""
-            if status_of(whole_lines(data)) != "finished":
+            if status_of(whole_lines(data)) != "finished" and living_driver(stored.below(name)) is None:
                 bring_record(runs / name, stored.below(name))
                 return runs / name
     return None

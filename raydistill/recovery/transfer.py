@@ -8,6 +8,7 @@ from typing import Any
 from raydistill.errors import RunError, StorageError, UserError
 from raydistill.recovery.bring import bring_record, whole_lines
 from raydistill.recovery.checkpoint import CHECKPOINTS, DESCRIPTION, PREFIX, damage
+from raydistill.recovery.lease import refuse_driven
 from raydistill.recovery.resume import RUNS, last_status, status_of
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
@@ -64,6 +65,7 @@ def push(root: Storage, output: Path, name: str) -> None:
         raise UserError(f"there is no run {name!r} in {output / 'runs'}")
     if is_at_work(folder):
         raise UserError(f"run {name!r} is at work, and brings its own files to run.storage; wait for its end")
+    refuse_driven(run)
     if bring_record(folder, run):
         raise UserError(
             f"{run.url} has gone further than {folder}, whose record was brought up to it; nothing was pushed"

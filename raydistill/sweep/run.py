@@ -22,6 +22,7 @@ from raydistill.errors import ResourceError, SweepStopped, UserError
 from raydistill.launch import start_cluster
 from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
 from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
+from raydistill.recovery.lease import held
 from raydistill.recovery.resume import LOCK, locked
 from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import start_delivery
@@ -33,7 +34,7 @@ from raydistill.sweep.host import SweepHost
 from raydistill.sweep.recorder import SweepRecorder
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SweepState, trials_of
-from raydistill.sweep.stored import bring_sweep, mirrored, set_sweep_aside
+from raydistill.sweep.stored import bring_sweep, mirrored, set_sweep_aside, sweep_storage
 from raydistill.sweep.tuner import TUNE_FOLDER, run_trials
 from raydistill.worlds import resolve_world
 
@@ -69,7 +70,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         check_placement(base, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
         check_parallel(base, sweep.file.parallel, ray.cluster_resources())
         check_nodes_reach_storage(base)
-        with mirrored(sweep, console):
+        with held(sweep_storage(sweep), console.print), mirrored(sweep, console):
             return _run(sweep, retry_failed)
 
 
