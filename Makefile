@@ -57,7 +57,7 @@ unit: setup
 
 # The tests on Ray are one process and come first, the other files run beside them.
 test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
-	$(BIN)/pytest tests/ray tests/engine tests/gpu -n 2 --dist loadgroup --no-loadscope-reorder --durations 25
+	$(BIN)/pytest tests/ray tests/engine tests/gpu -n 2 --dist loadscope --no-loadscope-reorder --durations 25
 
 clean:  ## remove outputs and caches, keep the environment
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

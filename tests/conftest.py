@@ -18,15 +18,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many CUDA devices.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2 --dist loadscope` all tests on Ray are one process, which shares a cluster and its actors; the other one takes
+    the files that need none."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
 
-    With `-n 2 --dist loadgroup` all tests of Ray are one process, which shares one cluster and its actors; the other one
-    takes the files that need none.
-    """
+    class RayTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if "/ray/" in file else file
+
+    return RayTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many CUDA devices."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.parent.name == "ray" else item.path.name))
         if markers := list(item.iter_markers("gpu")):
             import torch
 
