@@ -87,6 +87,8 @@ def start_cluster(config: Config) -> None:
     # One process less for each trainer group: a node that goes away is met by the next attempt, announced or not.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A local Ray would start a process per core in advance, none of which fits an actor with environment variables of its own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else {"num_cpus": config.cluster.num_cpus}
     try:

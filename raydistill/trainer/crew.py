@@ -18,6 +18,8 @@ import ray
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.config import Config
@@ -29,7 +31,18 @@ from raydistill.trainer.job import TrainerJob
 from raydistill.trainer.worker import serve
 
 RAY_TRAIN_FOLDER = "ray_train"
+CLEANER_INTERVAL_S = 5.0
 GIVE_UP_S = 30.0  # how long a lost crew may take to end by itself
+
+
+class _LeanTrainer(TorchTrainer):
+    """Ray Train without what an idle crew would pay for: a process for data sets that we have none of, and questions to Ray's
+    dashboard, once a second, whether the controller still lives (whose death frees the ranks' resources)."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        cleaner = PlacementGroupCleanerCallback(check_interval_s=CLEANER_INTERVAL_S)
+        others = super()._create_default_callbacks()
+        return [cleaner, *(c for c in others if not isinstance(c, (DatasetsCallback, PlacementGroupCleanerCallback)))]
 
 
 class TrainerCrew:
@@ -74,7 +87,7 @@ class TrainerCrew:
         if self._config.cluster.by_role:
             resources["trainer"] = ROLE_SHARE
         storage = self._config.run.output.absolute() / RAY_TRAIN_FOLDER
-        trainer = TorchTrainer(
+        trainer = _LeanTrainer(
             # A closure: Ray Train's controller would open a train_loop_config, and import the whole trainer for it.
             lambda: serve(feed),
             scaling_config=ScalingConfig(

@@ -47,7 +47,6 @@ SCENARIOS = {
     "bfloat16": {"mode": "merged", "dtype": "bfloat16", "format": "int2"},
     "llama": {"mode": "merged", "dtype": "float32", "format": "int4"},
     "gemma3": {"mode": "merged", "dtype": "float32", "format": "int4"},
-    "gemma3 none": {"mode": "none", "dtype": "float32", "format": "int4"},
     "sharded": {"mode": "merged", "dtype": "float32", "format": "int4"},  # by two ranks; the last, see the process
 }
 FROZEN_CODES = ("served", "unquantized")

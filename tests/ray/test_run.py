@@ -3,6 +3,7 @@
 A run costs half a minute of start-up, so several tests look at one run, and runs with vLLM share one set of pools.
 """
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ def vllm_pools(pools: Pools, make_config: Any) -> Iterator[Pools]:
     """The session's pools with a vLLM actor for these tests: its import is paid once."""
     rollouts = POOL_MAKERS["rollouts"](make_config())
     yield replace(pools, rollouts=rollouts)
-    rollouts.shutdown()
+    asyncio.run(rollouts.close())
 
 
 class DriverMailbox:
@@ -346,7 +347,7 @@ def test_a_rollout_actor_killed_mid_run_is_replaced_and_no_step_is_lost(
         summary = run(config, replace(pools, rollouts=rollouts), QUIET)
         assert ray_cluster.get(rollouts.prepare()[0]) != pid
     finally:
-        rollouts.shutdown()
+        asyncio.run(rollouts.close())
     killer.join(5)
     assert not killer.is_alive()
     assert [line["step"] for line in lines(summary, "step")] == list(range(6))
