@@ -55,7 +55,7 @@ types: setup
 unit: setup
 	$(BIN)/pytest tests/unit -n 2
 
-# The tests on Ray are one process and come first, the other files run beside them.
+# Two files at a time, those on Ray first; tests/conftest.py says which of them stay together.
 test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; under 25 minutes on 2 cores
 	$(BIN)/pytest tests/ray tests/engine tests/gpu -n 2 --dist loadscope --no-loadscope-reorder --durations 25
 

@@ -18,20 +18,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SHARES_POOLS = ("architectures", "resume", "run", "storage", "sweep", "lost_arguments", "ray_metrics")  # of tests/ray
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2 --dist loadscope` all tests on Ray are one process, which shares a cluster and its actors; the other one takes
-    the files that need none."""
+    """With `-n 2 --dist loadscope` the files of tests/ray that share one cluster and its actors are one piece of work, every
+    other file is one of its own."""
     if config.getvalue("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class RayTogether(LoadScopeScheduling):
+    class PoolsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if "/ray/" in file else file
+            file = Path(nodeid.partition("::")[0])
+            return "pools" if file.stem.removeprefix("test_") in SHARES_POOLS else str(file)
 
-    return RayTogether(config, log)
+    return PoolsTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,5 @@
-"""Processes that die or hang at chosen moments cost time only: a short selection of benchmarks/chaos.py."""
+"""Processes that die or hang at chosen moments, and a node that is lost, cost time only: a short selection of
+benchmarks/chaos.py, inside a sweep."""
 
 import signal
 import threading
@@ -10,105 +11,64 @@ import psutil
 import pytest
 from chaos_cluster import Nodes
 from chaos_kills import Hit, Kill, Striker
-from run_helpers import QUIET, lines, serial_config, sweep_file, trial_config, wait_for_step
+from run_helpers import HF, sweep_file, trial_config
 from tiny_runs import compare
 
-from raydistill.config import Config
-from raydistill.launch import Pools, RunSummary, make_pools, run
+from raydistill.results.record import read_record
 from raydistill.sweep.run import run_sweep
 from raydistill.sweep.spec import load_sweep
 from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-KILLS = (  # trainer, feed and driver: test_resume.py; a node: the sweep below
+KILLS = (  # trainer, feed and driver: test_resume.py
     Kill(victim="rollout", moment="generate", step=2),
     Kill(victim="controller", moment="backward", step=4),
     Kill(victim="teacher", moment="score", step=7, number=signal.SIGSTOP),
     Kill(victim="evaluator", moment="evaluate", step=10),
+    Kill(victim="raylet", moment="sync", step=13),  # with the rollout, teacher and evaluation actors
 )
-STEPS = 15
+STEPS = 18
 HANG_S = 15.0  # how long a call may take before its actor counts as dead
-
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "trainer": {"num_steps": STEPS},
     "checkpoint": {"save_every": 3},
-    "rollout": {"engine": "hf", "timeout_s": HANG_S},
-    "teacher": {"model": None},
+    "rollout": HF["rollout"] | {"timeout_s": HANG_S},
+    "teacher": HF["teacher"],
     "cluster": {"by_role": True},
 }
 
 
-def config_of(make_config: Any, name: str) -> Config:
-    return serial_config(make_config, name, **SETTINGS)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nodes(ray_cluster: Any) -> Iterator[Nodes]:
     """Two nodes beside the session's own, one of which can be lost."""
     with Nodes(head=ray_cluster._private.worker._global_node) as nodes:
         yield nodes
 
 
-@pytest.fixture(scope="module")
-def pools(nodes: Nodes, make_config: Any) -> Iterator[Pools]:
-    pools = make_pools(config_of(make_config, "any"))
-    yield pools
-    pools.shutdown()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pools: Pools, make_config: Any) -> RunSummary:
-    return run(config_of(make_config, "undisturbed"), pools, QUIET)
-
-
-def test_killed_and_hanging_processes_cost_time_only(
-    nodes: Nodes, pools: Pools, make_config: Any, undisturbed: RunSummary
+def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
+    nodes: Nodes, make_config: Any, tmp_path: Path
 ) -> None:
-    config = config_of(make_config, "disturbed")
-    folder = config.run.output / "runs" / "disturbed"
+    """Its trials differ in a time limit that neither meets, so both should end as one."""
+    config = trial_config(make_config, tmp_path, **SETTINGS)
+    sweep = load_sweep(sweep_file(tmp_path / "twice.toml", config, '"trainer.timeout_s" = [240.0, 241.0]'))
+    calm, disturbed = (tmp_path / "runs" / f"twice-{number:03d}" for number in range(2))
     hits: list[Hit | None] = []
     is_over = threading.Event()
-    striker = Striker(folder, nodes, lambda: not is_over.is_set())
+    striker = Striker(disturbed, nodes, lambda: not is_over.is_set())
     thread = threading.Thread(target=lambda: hits.extend(map(striker.strike, KILLS)), daemon=True)
     thread.start()
     try:
-        summary = run(config, pools, QUIET)
+        result = run_sweep(sweep)
     finally:
         is_over.set()
         thread.join(30)
     assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
-    assert compare(folder, undisturbed.folder, STEPS, 8) == {
-        "ledger": "complete",
-        "losses": "equal",
-        "weights": "equal",
-    }
-    versions = [[line["version"] for line in lines(s, "evaluation")] for s in (summary, undisturbed)]
-    assert versions[0] == versions[1]
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
-
-
-def test_a_sweep_ends_though_a_node_is_lost_in_its_second_trial(
-    nodes: Nodes, pools: Pools, make_config: Any, undisturbed: RunSummary, tmp_path: Path
-) -> None:
-    """The node of its rollout, teacher and evaluation actors. The last trial has the settings of the undisturbed run."""
-    config = trial_config(make_config, tmp_path, **SETTINGS)
-    space = f'"trainer.learning_rate" = [1e-3, {config.trainer.learning_rate}]'
-    sweep = load_sweep(sweep_file(tmp_path / "lr.toml", config, space))
-    last = tmp_path / "runs" / "lr-001"
-    lost: list[bool] = []
-
-    def lose() -> None:
-        wait_for_step(last, 5)
-        nodes.replace_worker()
-        lost.append(not (last / "export").exists())
-
-    thread = threading.Thread(target=lose, daemon=True)
-    thread.start()
-    result = run_sweep(sweep)
-    thread.join(60)
-    assert lost == [True]
     assert [trial["status"] for trial in read_state(sweep.folder)["trials"]] == ["finished"] * 2
     assert result.num_finished == 2
-    assert compare(last, undisturbed.folder, STEPS, 8) == {"ledger": "complete", "losses": "equal", "weights": "equal"}
+    assert compare(disturbed, calm, STEPS, 8) == {"ledger": "complete", "losses": "equal", "weights": "equal"}
+    versions = [
+        [line["version"] for line in read_record(run) if line["kind"] == "evaluation"] for run in (calm, disturbed)
+    ]
+    assert versions[0] == versions[1]

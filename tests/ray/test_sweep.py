@@ -1,17 +1,12 @@
 """Sweeps with the real Ray Tune: sharing changes no result, a failing trial ends nothing, a killed sweep goes on."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from run_helpers import QUIET, losses, sweep_file, trial_config, wait_for_step
+from run_helpers import QUIET, losses, sweep_file, trial_config
 
-from raydistill.cli import EXIT_INTERRUPTED
 from raydistill.config import Config
 from raydistill.errors import ResourceError, UserError
 from raydistill.launch import Pools, run
@@ -65,50 +60,6 @@ def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_confi
 
     with pytest.raises(UserError, match="has finished"):
         run_sweep(sweep)
-
-
-def test_a_killed_or_stopped_sweep_keeps_its_finished_trials_and_goes_on_in_the_running_one(
-    make_config: Any, tmp_path: Path
-) -> None:
-    """Three lives of one command. The first is killed in the second trial, and its disk is lost: the second goes on from
-    `run.storage`, and is stopped in the same trial."""
-    config = short_config(make_config, tmp_path / "out", checkpoint={"save_every": 1})
-    config = config.model_copy(
-        update={
-            "objective": config.objective.model_copy(update={"on_policy_fraction": 0.0}),
-            "trainer": config.trainer.model_copy(update={"num_steps": STEPS_OF_A_STOPPED_SWEEP}),
-            "run": config.run.model_copy(update={"storage": f"file://{tmp_path}/remote"}),
-        }
-    )
-    file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3]')
-    command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
-    runs = tmp_path / "out" / "runs"
-    with (tmp_path / "log").open("w") as log:
-        codes = []
-        for step, number in ((4, signal.SIGKILL), (10, signal.SIGTERM)):
-            sweep = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            try:
-                wait_for_step(runs / "lr-001", step)
-            finally:
-                sweep.send_signal(number)
-                codes.append(sweep.wait(120))
-            if number == signal.SIGKILL:  # whatever still writes there writes to what is gone
-                (tmp_path / "out").rename(tmp_path / "gone")
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=400, check=False)
-    text = (tmp_path / "log").read_text()
-    assert [*codes, done.returncode] == [-signal.SIGKILL, EXIT_INTERRUPTED, 0], text[-3000:]
-    assert "stopped with 1 of 2 trials to go; the same command goes on from there" in text
-    kinds = {name: [line["kind"] for line in read_record(runs / name)] for name in ("lr-000", "lr-001")}
-    assert {name: [of.count("start"), of.count("step"), of.count("resume")] for name, of in kinds.items()} == {
-        "lr-000": [1, STEPS_OF_A_STOPPED_SWEEP, 0],
-        "lr-001": [1, STEPS_OF_A_STOPPED_SWEEP, 2],
-    }
-    resumed = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "resume"]
-    assert 0 < resumed[0] < resumed[1], "it began anew"
-    state = read_state(tmp_path / "out" / "sweeps" / "lr")
-    assert [trial["status"] for trial in state["trials"]] == ["finished"] * 2
-    assert len(state["shares"]) == 3, "what earlier lives shared is not forgotten"
 
 
 def test_more_trials_at_a_time_than_fit_are_refused_with_the_most_that_do(make_config: Any) -> None:
