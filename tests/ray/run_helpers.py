@@ -60,7 +60,8 @@ def sweep_file(path: Path, config: Config, space: str, head: str = "") -> Path:
         f'"{section}.{name}" = {json.dumps(value)}'
         for section, fields in config.model_dump(mode="json").items()
         for name, value in fields.items()
-        if value is not None and not isinstance(value, dict) and name not in THE_SWEEPS_OWN and name not in space
+        if value is not None and not isinstance(value, dict) and name not in THE_SWEEPS_OWN
+        if f"{section}.{name}" not in space
     ]
     path.write_text("\n".join([head, "[settings]", *settings, "[space]", space]) + "\n")
     return path
