@@ -21,6 +21,7 @@ from raydistill.results.record import read_record
 
 QUIET = Console(quiet=True)
 NUM_STEPS = 8
+WAIT_S = 600.0  # for a step of a run, from the start of its processes on a busy machine
 HF: dict[str, Any] = {
     "rollout": {"engine": "hf"},
     "teacher": {"model": None},
@@ -89,7 +90,7 @@ def check_bitwise_equal(one: RunSummary, other: RunSummary, num_steps: int) -> N
 
 def wait_for_step(folder: Path, step: int) -> None:
     """Return when the record holds a step of at least this number."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         if any(line["kind"] == "step" and line["step"] >= step for line in read_record(folder)):
             return

@@ -14,7 +14,7 @@ from raydistill.cli import EXIT_INTERRUPTED
 from raydistill.results.record import read_record
 from raydistill.sweep.state import read_state
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2000)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40  # so many that a signal is heard before they are over
