@@ -11,6 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,12 +223,11 @@ class Launch:
         self._seconds["checks"] = time.time() - start
         stored = run_storage(config, self._folder)
         self._storage = None if stored is None else RunStorage(self._folder, stored)
-        with locked(self._folder):
-            async with (
-                held_async(stored, self._say),
-                settled(self._storage, self._console) as expected,
-            ):
-                point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
+        async with AsyncExitStack() as alone:
+            alone.enter_context(locked(self._folder))
+            await alone.enter_async_context(held_async(stored, self._say))
+            point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
+            async with settled(self._storage, self._console) as expected:
                 # Everything from here on is in the run's record, failures included.
                 with (
                     recorded(

@@ -2,7 +2,7 @@
 
 User models are read from safetensors only; `trust_remote_code` is off unless asked for. Runs inside actors (it imports
 torch); the driver's checks before a run use `model_files` alone. PEFT and what it brings along is imported where a student
-is built: a teacher's process starts a third faster without.
+is built: a process that only loads a teacher starts without it.
 """
 
 from __future__ import annotations

@@ -28,10 +28,15 @@ from raydistill.errors import StorageError, UserError
 from raydistill.recovery.storage import Storage
 
 FOLDER = "drivers"  # beside runs and sweeps, so that it is no part of either
-RENEW_S = 10.0
+RENEW_S = 10.0  # between two renewals
 WATCH_S = 30.0  # a holder that has not renewed for so long, while somebody watches, is dead
 END_S = 5.0  # for a renewal under way, when the run ends
 FORGET_S = 600.0  # one that has not renewed for so long by the clock: not watched any more
+Say = Callable[[str], None]
+
+
+def _unheard(_: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,10 @@ class Driver:
         return f"process {self.pid} on {self.host.partition('/')[0]}"
 
     @property
+    def is_this_process(self) -> bool:
+        return self.host == _machine() and self.pid == os.getpid()
+
+    @property
     def has_ended(self) -> bool:
         """Known of processes of this machine only."""
         if self.host != _machine():
@@ -60,13 +69,13 @@ class Driver:
         return True
 
 
-def living_driver(run: Storage, say: Callable[[str], None] = lambda _: None) -> Driver | None:
+def living_driver(run: Storage, say: Say = _unheard) -> Driver | None:
     """Another process that drives the run; None if there is none. Watches one that may have died for up to WATCH_S; blocks.
 
     say: told what is being waited for.
     """
     found = _read(run)
-    if found is None or found[0].has_ended or (found[0].host == _machine() and found[0].pid == os.getpid()):
+    if found is None or found[0].has_ended or found[0].is_this_process:
         return None
     driver, beat = found
     if time.time() - beat > FORGET_S:
@@ -83,7 +92,7 @@ def living_driver(run: Storage, say: Callable[[str], None] = lambda _: None) -> 
     return None
 
 
-def refuse_driven(run: Storage, say: Callable[[str], None] = lambda _: None) -> None:
+def refuse_driven(run: Storage, say: Say = _unheard) -> None:
     """UserError if another process drives the run; see `living_driver`."""
     other = living_driver(run, say)
     if other is not None:
@@ -93,7 +102,7 @@ def refuse_driven(run: Storage, say: Callable[[str], None] = lambda _: None) -> 
 
 
 @contextmanager
-def held(run: Storage | None, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def held(run: Storage | None, say: Say = _unheard) -> Iterator[None]:
     """Drive the run (or the sweep) at this place; UserError if another process does. Without a storage: nothing."""
     if run is None:
         yield
@@ -108,7 +117,7 @@ def held(run: Storage | None, say: Callable[[str], None] = lambda _: None) -> It
 
 
 @asynccontextmanager
-async def held_async(run: Storage | None, say: Callable[[str], None]) -> AsyncIterator[None]:
+async def held_async(run: Storage | None, say: Say) -> AsyncIterator[None]:
     """The same beside other work of an event loop."""
     with ExitStack() as stack:
         await asyncio.to_thread(stack.enter_context, held(run, say))
@@ -118,7 +127,7 @@ async def held_async(run: Storage | None, say: Callable[[str], None]) -> AsyncIt
 class _Lease:
     """The object that says who drives a run, renewed by a thread."""
 
-    def __init__(self, run: Storage, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Storage, say: Say) -> None:
         self._run, self._say, self._me = run, say, Driver.here()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="run-storage-driver", daemon=True)

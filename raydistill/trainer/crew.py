@@ -31,13 +31,13 @@ from raydistill.trainer.job import TrainerJob
 from raydistill.trainer.worker import serve
 
 RAY_TRAIN_FOLDER = "ray_train"
-CLEANER_INTERVAL_S = 5.0
+CLEANER_INTERVAL_S = 5.0  # between questions whether a controller still lives
 GIVE_UP_S = 30.0  # how long a lost crew may take to end by itself
 
 
 class _LeanTrainer(TorchTrainer):
-    """Ray Train without what an idle crew would pay for: a process for data sets that we have none of, and questions to Ray's
-    dashboard, once a second, whether the controller still lives (whose death frees the ranks' resources)."""
+    """Ray Train without what an idle crew pays for: a process for Ray Data's data sets, of which there are none here, and a
+    question to Ray's dashboard every second, whether the controller still lives (whose death frees the ranks' resources)."""
 
     def _create_default_callbacks(self) -> list[Any]:
         cleaner = PlacementGroupCleanerCallback(check_interval_s=CLEANER_INTERVAL_S)
