@@ -317,6 +317,13 @@ class ResultsSection(Section):
         description="where the record goes beside the store; tensorboard: <run>/tensorboard; wandb: Weights & Biases",
     )
 
+    @field_validator("uri")
+    @classmethod
+    def _whole_path(cls, uri: str | None) -> str | None:
+        """Who opens the store later, the delivery or a command that reads the record, may stand in another folder."""
+        name = (uri or "").removeprefix("sqlite:///")
+        return uri if not name or name == uri or name.startswith("/") else f"sqlite:///{Path(name).absolute()}"
+
 
 class ClusterSection(Section):
     """The Ray cluster."""

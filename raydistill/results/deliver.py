@@ -190,6 +190,7 @@ def start_delivery(
     those that each record names. The URI goes through the pipe and not on the command line, where every user of the machine
     could read a password.
     """
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     packages = str(Path(__file__).resolve().parents[2])
     paths = [packages, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -203,11 +204,12 @@ def start_delivery(
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
+            cwd=folder,  # the driver's own may go away: Ray unpacks a job's folder again for each node of one machine
             start_new_session=True,  # Ctrl-C reaches the driver only; this one sees its pipe close
         )
     assert process.stdin is not None
     told = asdict(Destination(uri=uri, experiment=experiment, sinks=tuple(sinks)))
-    process.stdin.write(json.dumps(told | {"family_of": str(family_of) if family_of else None}) + "\n")
+    process.stdin.write(json.dumps(told | {"family_of": str(family_of.absolute()) if family_of else None}) + "\n")
     process.stdin.flush()
     return DeliveryHandle(folder, process)
 

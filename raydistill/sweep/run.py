@@ -64,14 +64,16 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         bring_sweep(sweep, TUNE_FOLDER)
     with locked(sweep.folder):
         base = resolve_world(sweep.base, console)
-        sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection()}))
+        run = base.run.model_copy(update={"output": base.run.output.absolute()})  # whoever stands where
+        sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection(), "run": run}))
         _check_identity(sweep, retry_failed)
         start_cluster(base)
         check_placement(base, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
         check_parallel(base, sweep.file.parallel, ray.cluster_resources())
-        check_nodes_reach_storage(base)
-        with held(sweep_storage(sweep), console.print), mirrored(sweep, console):
-            return _run(sweep, retry_failed)
+        with _standing_in(sweep.folder):
+            check_nodes_reach_storage(base)
+            with held(sweep_storage(sweep), console.print), mirrored(sweep, console):
+                return _run(sweep, retry_failed)
 
 
 def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
@@ -87,6 +89,9 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # Tune may have used a callback of an earlier life
             state.share(ray.get(host.shares.remote()))
+            for trial in state.trials.values():
+                if trial.status == "running":
+                    state.change(trial.run, status="pending")  # it goes on when the sweep does
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())
         for name, path in {"page": page.page, **page.plots}.items():
@@ -132,6 +137,18 @@ def _host(sweep: Sweep, record_id: str) -> Iterator[Any]:
         with suppress(ray.exceptions.RayError):
             ray.get(host.shutdown.remote(), timeout=SHUTDOWN_TIMEOUT_S)
         ray.kill(host)
+
+
+@contextmanager
+def _standing_in(folder: Path) -> Iterator[None]:
+    """Ray Tune and git ask for the current folder; a job's goes away when another node of the same machine unpacks the job."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.chdir(before)
 
 
 @contextmanager

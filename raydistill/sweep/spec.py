@@ -121,7 +121,9 @@ class Sweep:
         return {
             "space": {field: repr(values) for field, values in self.space.items()},
             "settings": json.loads(
-                self.base.model_dump_json(exclude={"run": {"storage", "verbose", "resume"}, "cluster": True})
+                self.base.model_dump_json(
+                    exclude={"run": {"output", "storage", "verbose", "resume"}, "cluster": True, "results": True}
+                )
             ),
             **self.file.model_dump(include={"metric", "mode", "sampler", "num_samples", "seeds", "scheduler", "asha"}),
         }

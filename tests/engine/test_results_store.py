@@ -44,9 +44,12 @@ def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
-def test_a_process_of_its_own_delivers_1000_metrics(tmp_path: Path) -> None:
+def test_a_process_of_its_own_delivers_1000_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = default_uri(tmp_path)
     record = started(tmp_path, "a")
+    (tmp_path / "job").mkdir()
+    monkeypatch.chdir(tmp_path / "job")
+    (tmp_path / "job").rmdir()  # as a second node of one machine does with the folder of a Ray job
     handle = start_delivery(record.path.parent, uri, EXPERIMENT)
     for step in range(100):
         record.step(step, {f"trainer/m{i}": float(step * i) for i in range(9)} | {"trainer/nan": float("nan")})

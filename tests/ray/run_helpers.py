@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,13 +89,15 @@ def check_bitwise_equal(one: RunSummary, other: RunSummary, num_steps: int) -> N
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
-def wait_for_step(folder: Path, step: int) -> None:
-    """Return when the record holds a step of at least this number."""
+def wait_for_step(folder: Path, step: int, command: subprocess.Popen[Any] | None = None) -> None:
+    """Return when the record holds a step of at least this number; a `command` that ends before is an error."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         if any(line["kind"] == "step" and line["step"] >= step for line in read_record(folder)):
             return
-        time.sleep(0.02)
+        if command is not None and command.poll() is not None:
+            raise ChildProcessError(f"it ended with {command.returncode} before {folder} reached step {step}")
+        time.sleep(0.1)  # reading takes time of a core that the run could use
     raise TimeoutError(f"{folder} did not reach step {step}")
 
 

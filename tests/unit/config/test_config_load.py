@@ -329,3 +329,11 @@ def test_the_on_policy_file_differs_from_its_base_in_lambda_beta_and_the_rollout
     changed = load_config([f"@{folder}/int4_onpolicy.toml"])
     names = {name for name in base.sources if base.sources[name] != changed.sources[name]}
     assert names == {"objective.on_policy_fraction", "objective.beta", "rollout.num_gpus"}
+
+
+def test_a_database_stays_where_it_was_for_whoever_stands_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    found = [load_config(["--results.uri", uri]).config.results.uri for uri in ("sqlite:///a/b.db", "http://mlflow")]
+    assert found == [f"sqlite:///{tmp_path}/a/b.db", "http://mlflow"]
+    monkeypatch.chdir("/")
+    assert load_config(["--results.uri", str(found[0])]).config.results.uri == found[0]

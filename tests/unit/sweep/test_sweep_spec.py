@@ -108,6 +108,7 @@ def test_a_sweep_that_goes_on_may_change_how_it_runs_but_not_what(tmp_path: Path
     text = '[space]\n"objective.beta" = [0.0, 1.0]'
     before = sweep(tmp_path, text).identity()
     assert sweep(tmp_path, text, "--run.verbose", "true", parallel=2).identity() == before
+    assert sweep(tmp_path, text, "--run.output", "/elsewhere", "--results.uri", "http://mlflow").identity() == before
     assert sweep(tmp_path, text, "--trainer.num_steps", "3").identity() != before
     assert sweep(tmp_path, '[space]\n"objective.beta" = [0.0, 0.5]').identity() != before
 
