@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,10 +23,16 @@ LAST_TRY_S = 10.0  # the least that `finish` gives what is left
 
 
 class Mirror:
-    """One folder and its place in the storage. keeps_trying: False where what fails, and what waits behind it, is given up."""
+    """One folder and its place in the storage.
 
-    def __init__(self, folder: Path, storage: Storage, keeps_trying: bool = True) -> None:
+    keeps_trying: False where what fails, and what waits behind it, is given up. leaves_out: folders in it that stay here.
+    """
+
+    def __init__(
+        self, folder: Path, storage: Storage, keeps_trying: bool = True, leaves_out: Sequence[str] = ()
+    ) -> None:
         self._folder, self._storage, self._keeps_trying = folder, storage, keeps_trying
+        self._leaves_out = frozenset(leaves_out)
         self._changed = threading.Condition()
         self._jobs: dict[str, Callable[[Storage], None]] = {}
         self._failed: dict[str, Callable[[Storage], None]] = {}
@@ -121,6 +127,8 @@ class Mirror:
             with suppress(FileNotFoundError):  # it has gone in the meantime
                 facts = path.stat()
                 key, state = path.relative_to(self._folder).as_posix(), (facts.st_size, facts.st_mtime_ns)
+                if key.partition("/")[0] in self._leaves_out:
+                    continue
                 if path.is_file() and not path.name.endswith((".lock", ".partial")) and self._sent.get(key) != state:
                     storage.put(path, key)
                     self._sent[key] = state

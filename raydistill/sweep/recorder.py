@@ -13,7 +13,7 @@ from raydistill.results.record_lines import read_record
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SHARES, SweepState, Trial
 from raydistill.sweep.stored import mirror_of
-from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_name
+from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_of
 
 
 class SweepRecorder(Callback):
@@ -82,7 +82,7 @@ class SweepRecorder(Callback):
         return f"{over} of {self._sweep.num_trials} trials over"
 
     def _run(self, trial: Any) -> str:
-        return run_name(self._sweep.name, trial.trial_id)
+        return run_of(self._sweep.name, trial.trial_id, trial.config)
 
 
 def described(trial: Trial) -> str:

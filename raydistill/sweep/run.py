@@ -35,7 +35,7 @@ from raydistill.sweep.recorder import SweepRecorder
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SweepState, trials_of
 from raydistill.sweep.stored import bring_sweep, mirrored, set_sweep_aside, sweep_storage
-from raydistill.sweep.tuner import TUNE_FOLDER, run_trials
+from raydistill.sweep.tuner import run_trials
 from raydistill.worlds import resolve_world
 
 IDENTITY_FILE = "identity.json"
@@ -61,7 +61,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         _set_aside(sweep.folder)
         set_sweep_aside(sweep)
     else:
-        bring_sweep(sweep, TUNE_FOLDER)
+        bring_sweep(sweep)
     with locked(sweep.folder):
         base = resolve_world(sweep.base, console)
         run = base.run.model_copy(update={"output": base.run.output.absolute()})  # whoever stands where
@@ -87,7 +87,7 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
         record_id = str(require_start(sweep.folder)["record_id"])
         with _host(sweep, record_id) as host, _sigterm_as_sigint():
             run_trials(sweep, host, recorder, retry_failed)
-            state = SweepState.of(sweep)  # Tune may have used a callback of an earlier life
+            state = SweepState.of(sweep)  # as Tune's own copy of the recorder left it
             state.share(ray.get(host.shares.remote()))
             for trial in state.trials.values():
                 if trial.status == "running":

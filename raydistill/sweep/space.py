@@ -140,6 +140,16 @@ def spread(point: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def gathered(space: Mapping[str, Values], point: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `spread`: one value for each entry of the space."""
+    return {
+        name: {leaf.removeprefix(f"{name}."): value for leaf, value in point.items() if leaf.startswith(f"{name}.")}
+        if name not in point
+        else point[name]
+        for name in space
+    }
+
+
 def grid_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:
     """Every combination, the last field varying fastest."""
     fields = list(space)

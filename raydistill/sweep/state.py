@@ -14,6 +14,7 @@ from raydistill.errors import RunError
 from raydistill.sweep.spec import Sweep
 
 STATE_FILE = "sweep.json"
+TUNE_FOLDER = "tune"  # what Ray Tune writes; of no use to a later life
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 OVER = ("finished", "stopped", "failed")
 SHARES = "shares"

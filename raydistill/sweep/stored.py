@@ -1,11 +1,10 @@
-"""A sweep's place in `run.storage`: its folder (trials, identity, Ray Tune's state, record) beside the runs of its trials.
+"""A sweep's place in `run.storage`: its folder (trials, identity, page, record) beside the runs of its trials.
 
 With it a killed sweep goes on by the same command on a machine whose disk is empty.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +18,9 @@ from raydistill.recovery.resume import run_storage
 from raydistill.recovery.run_storage import FINISH_S, STOP_S
 from raydistill.recovery.storage import Storage
 from raydistill.sweep.spec import Sweep
-from raydistill.sweep.state import STATE_FILE, trials_of
+from raydistill.sweep.state import STATE_FILE, TUNE_FOLDER, trials_of
 
 SWEEPS = "sweeps"  # in run.storage as in run.output
-TUNE_STATE = "experiment_state"
 
 
 def sweep_storage(sweep: Sweep) -> Storage | None:
@@ -34,10 +32,10 @@ def sweep_storage(sweep: Sweep) -> Storage | None:
 def mirror_of(sweep: Sweep) -> Mirror | None:
     """What brings the folder there."""
     storage = sweep_storage(sweep)
-    return None if storage is None else Mirror(sweep.folder, storage)
+    return None if storage is None else Mirror(sweep.folder, storage, leaves_out=(TUNE_FOLDER,))
 
 
-def bring_sweep(sweep: Sweep, tune_folder: str) -> None:
+def bring_sweep(sweep: Sweep) -> None:
     """Bring here what another machine knows of the sweep, if that is more, and the records of its trials."""
     storage = sweep_storage(sweep)
     if storage is None:
@@ -45,10 +43,6 @@ def bring_sweep(sweep: Sweep, tune_folder: str) -> None:
     if bring_record(sweep.folder, storage):
         for name, size in storage.list().items():
             storage.get(name, sweep.folder / name, size)
-        if not list(
-            (sweep.folder / tune_folder).glob(f"{TUNE_STATE}*")
-        ):  # Tune had not written its own: it begins anew,
-            shutil.rmtree(sweep.folder / tune_folder, ignore_errors=True)  # and trials that are over say so at once
     for folder in trial_folders(sweep):
         bring_record(folder, _run_storage(sweep, folder))
 

@@ -1,13 +1,15 @@
 """The sweep under Ray Tune: trials, samplers, schedulers, and going on after a kill.
 
-Ray Tune chooses and starts trials, stops those that lag, and keeps its state in `<sweep folder>/tune`; the sweep's host
-runs them. The only module that knows Ray Tune.
+Ray Tune chooses and starts trials and stops those that lag; the sweep's host runs them. What Tune writes of its own state
+(`<sweep folder>/tune`) is not gone back to: it is written every 10 seconds, in several files, and one that a kill left
+behind may have forgotten a trial that had begun. `sweep.json` knows them all. The only module that knows Ray Tune.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -21,14 +23,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raydistill.errors import RunError, UserError
-from raydistill.sweep.space import Choice, Values, spread
+from raydistill.sweep.space import Choice, Values, gathered, spread
 from raydistill.sweep.spec import Sweep
+from raydistill.sweep.state import OVER, TUNE_FOLDER, SweepState
 
-TUNE_FOLDER = "tune"
 VERSION = "version"  # the optimizer steps behind a report: what a scheduler compares at
 END = 2**31  # the "version" of a run's last report, behind all others
 SUMMARY = "summary"
-POINT = "point"
+RUN, POINT = "run", "point"
 QUIET = {  # the sweep's own lines, state and page say it
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -44,50 +46,63 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # of a failed trial the recorder says what is to be said
-    folder = str(sweep.folder / TUNE_FOLDER)
+    known = SweepState.of(sweep).trials
+    over = [trial.run for trial in known.values() if trial.status in OVER]
+    if retry_failed:
+        over = [run for run in over if known[run].status != "failed"]
+    if sweep.points is not None:
+        named = {run_name(sweep.name, number): point for number, point in enumerate(sweep.points)}
+    else:
+        named = {trial.run: trial.values for trial in known.values()}
+    left = [{RUN: run, POINT: dict(point)} for run, point in named.items() if run not in over]
+    if left:
+        _tune(sweep, host, callback, {POINT: tune.grid_search(left)}, TuneConfig())
+    now = SweepState.of(sweep).trials
+    new = sweep.num_trials - len(named)
+    if new and all(trial.status in OVER for trial in now.values()):  # else it was interrupted
+        space = {field: _domain(values) for field, values in sweep.space.items()}
+        _tune(sweep, host, callback, space, TuneConfig(search_alg=_searcher(sweep), num_samples=new))
+
+
+def _tune(sweep: Sweep, host: Any, callback: Callback, space: Mapping[str, Any], config: TuneConfig) -> None:
+    shutil.rmtree(sweep.folder / TUNE_FOLDER, ignore_errors=True)
     # Where the sweep's own process is: whatever other node is lost takes no trial along.
     here = {"cpu": THIN, f"node:{ray.util.get_node_ip_address()}": THIN}
-    trainable = tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), here)
-    if Tuner.can_restore(folder):
-        tuner = Tuner.restore(folder, trainable=trainable, resume_unfinished=True, restart_errored=retry_failed)
-    else:
-        tuner = Tuner(
-            trainable,
-            param_space=_param_space(sweep),
-            tune_config=TuneConfig(
-                metric=sweep.file.metric,
-                mode=sweep.mode,
-                num_samples=1 if sweep.points is not None else sweep.num_trials,
-                max_concurrent_trials=sweep.file.parallel,
-                search_alg=_searcher(sweep),
-                scheduler=_scheduler(sweep),
-                reuse_actors=True,  # a trial's process is thin, and starting it costs more than what it does
-            ),
-            run_config=RunConfig(
-                name=TUNE_FOLDER,
-                storage_path=str(sweep.folder),
-                callbacks=[callback],
-                failure_config=FailureConfig(max_failures=0),
-                verbose=0,
-            ),
-        )
-    tuner.fit()
+    config.metric, config.mode, config.scheduler = sweep.file.metric, sweep.mode, _scheduler(sweep)
+    config.max_concurrent_trials = sweep.file.parallel
+    config.reuse_actors = True  # a trial's process is thin, and starting it costs more than what it does
+    Tuner(
+        tune.with_resources(partial(_trial, sweep_name=sweep.name, host=host), here),
+        param_space=dict(space),
+        tune_config=config,
+        run_config=RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(sweep.folder),
+            callbacks=[callback],
+            failure_config=FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    ).fit()
 
 
-def run_name(sweep_name: str, trial_id: str) -> str:
-    """Tune numbers the trials that it chooses itself, and names those of a searcher; it keeps both when it goes on."""
-    last = trial_id.rpartition("_")[2]
-    return f"{sweep_name}-{int(last):03d}" if "_" in trial_id else f"{sweep_name}-{last}"
+def run_name(sweep_name: str, number: int | str) -> str:
+    """Of a trial's run: the number of its point, or the name that a searcher gave it."""
+    return f"{sweep_name}-{number:03d}" if isinstance(number, int) else f"{sweep_name}-{number}"
+
+
+def run_of(sweep_name: str, trial_id: str, parameters: Mapping[str, Any]) -> str:
+    """The name of a trial's run."""
+    return str(parameters[POINT][RUN]) if POINT in parameters else run_name(sweep_name, trial_id.rpartition("_")[2])
 
 
 def point_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What Tune hands to a trial, as dotted fields and values."""
-    return dict(parameters[POINT]) if POINT in parameters else spread(parameters)
+    return dict(parameters[POINT][POINT]) if POINT in parameters else spread(parameters)
 
 
 def _trial(parameters: Mapping[str, Any], sweep_name: str, host: Any) -> None:
     """One trial's process: asks the host for the run, and passes its reports on to Tune."""
-    name, deaths = run_name(sweep_name, tune.get_context().get_trial_id()), 0
+    name, deaths = run_of(sweep_name, tune.get_context().get_trial_id(), parameters), 0
     while True:
         try:
             summary = _run(host, name, point_of(parameters))
@@ -118,12 +133,6 @@ def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
             host.stop.remote(name)
 
 
-def _param_space(sweep: Sweep) -> dict[str, Any]:
-    if sweep.points is not None:
-        return {POINT: tune.grid_search([dict(point) for point in sweep.points])}
-    return {field: _domain(values) for field, values in sweep.space.items()}
-
-
 def _domain(values: Values) -> Any:
     if isinstance(values, Choice):
         return tune.choice(list(values.values))
@@ -133,12 +142,19 @@ def _domain(values: Values) -> Any:
     return tune.loguniform(values.low, values.high) if values.is_log else tune.uniform(values.low, values.high)
 
 
-def _searcher(sweep: Sweep) -> Searcher | None:
-    if sweep.file.sampler != "optuna":
-        return None
+def _searcher(sweep: Sweep) -> Searcher:
+    """Optuna, which knows what earlier lives of the sweep found; their draws are not drawn again."""
     from ray.tune.search.optuna import OptunaSearch
 
-    return OptunaSearch(metric=sweep.file.metric, mode=sweep.mode, seed=sweep.base.run.seed)
+    known, metric = SweepState.of(sweep).trials.values(), sweep.file.metric
+    found = [trial for trial in known if metric in trial.metrics]
+    return OptunaSearch(
+        metric=metric,
+        mode=sweep.mode,
+        seed=sweep.base.run.seed + len(known),
+        points_to_evaluate=[gathered(sweep.space, trial.values) for trial in found] or None,
+        evaluated_rewards=[trial.metrics[metric] for trial in found] or None,
+    )
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:

@@ -5,7 +5,16 @@ import random
 import pytest
 
 from raydistill.errors import ConfigError
-from raydistill.sweep.space import Choice, Interval, grid_points, parse_values, random_points, with_seeds
+from raydistill.sweep.space import (
+    Choice,
+    Interval,
+    gathered,
+    grid_points,
+    parse_values,
+    random_points,
+    spread,
+    with_seeds,
+)
 
 
 def values(written: object, needs_grid: bool = True) -> Choice | Interval:
@@ -76,3 +85,10 @@ def test_what_cannot_be_a_space_is_refused_with_its_field(written: object, compl
         values(written)
     assert str(caught.value).startswith("s.toml: space: f: ")
     assert complaint in str(caught.value)
+
+
+def test_what_varies_together_is_spread_and_gathered_again() -> None:
+    space = {"quant": values([{"format": "int2", "scale": "absmax"}, {"format": "nf4"}]), "a": values([1, 2])}
+    written = {"quant": {"format": "int2", "scale": "absmax"}, "a": 2}
+    assert spread(written) == {"quant.format": "int2", "quant.scale": "absmax", "a": 2}
+    assert gathered(space, spread(written)) == written

@@ -64,9 +64,11 @@ def test_a_file_is_whole_or_the_one_before(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["status"] == "running"
 
 
-def test_a_trials_run_has_the_number_or_the_name_that_tune_gave_it() -> None:
-    from raydistill.sweep.tuner import run_name
+def test_a_trials_run_has_the_number_of_its_point_or_the_name_that_a_searcher_gave_it() -> None:
+    from raydistill.sweep.tuner import point_of, run_name, run_of
 
-    assert run_name("lr", "10f32_00007") == "lr-007"
-    assert run_name("lr", "8be8035a") == "lr-8be8035a"  # a searcher's
-    assert run_name("lr", "12345678") == "lr-12345678"
+    assert run_name("lr", 7) == "lr-007"
+    parameters = {"point": {"run": "lr-007", "point": {"trainer.learning_rate": 1e-3}}}
+    assert run_of("lr", "10f32_00001", parameters) == "lr-007", "whatever number it has among those that are left"
+    assert point_of(parameters) == {"trainer.learning_rate": 1e-3}
+    assert run_of("lr", "12345678", {"trainer.learning_rate": 1e-3}) == "lr-12345678"

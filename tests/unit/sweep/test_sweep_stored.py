@@ -49,30 +49,20 @@ def begun(tmp_path: Path) -> tuple[Sweep, str]:
     return sweep, url
 
 
-def test_an_empty_disk_gets_trials_tunes_state_and_records(tmp_path: Path, begun: Any) -> None:
+def test_an_empty_disk_gets_trials_and_records(tmp_path: Path, begun: Any) -> None:
     _, url = begun
     sweep = sweep_of(tmp_path, "two", url)
-    bring_sweep(sweep, "tune")
+    bring_sweep(sweep)
     assert [trial["status"] for trial in trials_of(sweep.folder)] == ["finished", "running"]
-    assert (sweep.folder / "tune" / "experiment_state-1.json").exists()
+    assert not (sweep.folder / "tune").exists(), "its state is of no use there"
     assert (tmp_path / "two" / "runs" / "lr-000" / "record.jsonl").exists()
     assert sweep.identity()["settings"]["run"].get("storage") is None  # it may change on the way
-
-
-def test_half_of_tunes_state_is_not_taken(tmp_path: Path, begun: Any) -> None:
-    _, url = begun
-    Storage(url).remove("sweeps/lr/tune/experiment_state-1.json")
-    Storage(url).write(b"pickle", "sweeps/lr/tune/tuner.pkl")
-    sweep = sweep_of(tmp_path, "two", url)
-    bring_sweep(sweep, "tune")
-    assert not (sweep.folder / "tune").exists()
-    assert len(trials_of(sweep.folder)) == 2
 
 
 def test_a_disk_that_knows_as_much_keeps_what_it_has(begun: Any) -> None:
     sweep, url = begun
     Storage(url).write(b"{}", "sweeps/lr/sweep.json")
-    bring_sweep(sweep, "tune")
+    bring_sweep(sweep)
     assert len(trials_of(sweep.folder)) == 2
 
 
@@ -88,7 +78,7 @@ def test_starting_anew_sets_sweep_and_trials_there_aside(tmp_path: Path, begun: 
 
 def test_without_storage_nothing_is_brought(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "one", None)
-    bring_sweep(sweep, "tune")
+    bring_sweep(sweep)
     set_sweep_aside(sweep)
     assert mirror_of(sweep) is None
     assert not sweep.folder.exists()
