@@ -18,7 +18,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SHARES_POOLS = ("architectures", "resume", "run", "storage", "sweep", "lost_arguments", "ray_metrics")  # of tests/ray
+SHARES_POOLS = (
+    "architectures",
+    "gsm8k",
+    "resume",
+    "run",
+    "storage",
+    "study",
+    "sweep",
+    "sweep_tuner",
+    "lost_arguments",
+    "ray_metrics",
+)  # of tests/ray
 
 
 @pytest.hookimpl(optionalhook=True)

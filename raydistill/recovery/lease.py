@@ -182,5 +182,8 @@ def _place(run: Storage) -> tuple[Storage, str]:
 
 def _machine() -> str:
     """Where process ids mean the same: this machine since it was booted, or a container on it."""
-    kernel = [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
+    try:
+        kernel = [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
+    except OSError:  # macOS has no /proc, and no containers that share a host name
+        kernel = [f"{psutil.boot_time():.0f}"]
     return "/".join([socket.gethostname(), *kernel])

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 
 class Study:
-    """One comparison; its files are in `folder`, its runs in `config.run.output`."""
+    """One comparison; its files are in `folder`, its runs in `config.run.output`. Starts actors unless `pools` are given."""
 
-    def __init__(self, config: Config, console: Console, folder: Path) -> None:
+    def __init__(self, config: Config, console: Console, folder: Path, pools: Pools | None = None) -> None:
         study, quant = config.study, config.quant
         if quant.format not in study.ptq_formats:
             raise ConfigError(
@@ -56,7 +56,7 @@ class Study:
             from raydistill.ptq.overlay import find_interpreter
 
             find_interpreter()
-        self._config, self._console = config, console
+        self._config, self._console, self._given_pools = config, console, pools
         self._folder, self._output = folder.absolute(), config.run.output.absolute()
         self.seconds: dict[str, float] = {}
 
@@ -70,7 +70,9 @@ class Study:
             wanted = [(arm, name) for arm in self._config.study.arms for name in self._names(arm)]
             # Models and files of the user's are looked at before Ray starts; a world's teacher trains meanwhile.
             material = self._prepare() if self._config.world.name == "none" else None
-            pools = self._start() if any(name not in runs for _, name in wanted) else None
+            pools = self._given_pools
+            if pools is None and any(name not in runs for _, name in wanted):
+                pools = self._start()
             try:
                 material = material or self._prepare()
                 baselines = self._quantize(material)
@@ -83,7 +85,7 @@ class Study:
                         self._console.print(f"[bold]{name}[/bold] (run {number} of {len(wanted)})", highlight=False)
                         runs[name] = self._distil(arm, name, config, pools)
             finally:
-                if pools is not None:
+                if pools is not None and self._given_pools is None:
                     pools.shutdown()
             with self._stage("evaluate"):
                 exports = {name: summary.export for name, summary in runs.items()}

@@ -1,4 +1,4 @@
-"""The study on real text, in short: GSM8K rows, a briefly trained teacher, off- and on-policy, the table from folders."""
+"""The study on real text, in short: GSM8K rows, a briefly trained teacher, on-policy, the table from folders."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ DATA = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 @pytest.fixture
-def study(ray_cluster: Any, tmp_path: Path) -> Any:
+def study(pools: Any, tmp_path: Path) -> Any:
     if not DATA.is_dir():
         pytest.skip(f"GSM8K is not at {DATA}: put train.jsonl and test.jsonl of openai/grade-school-math there")
     from rich.console import Console
@@ -36,7 +36,7 @@ def study(ray_cluster: Any, tmp_path: Path) -> Any:
     ]
     settings += [
         "--study.arms",
-        "on-policy,off-policy",
+        "on-policy",
         "--study.ptq_formats",
         "int3",
         "--rollout.max_new_tokens",
@@ -45,18 +45,19 @@ def study(ray_cluster: Any, tmp_path: Path) -> Any:
         "hf",
     ]
     settings += ["--study.test_rows", "32", "--study.grid_rows", "32"]
-    return Study(load_config(settings).config, Console(stderr=True), tmp_path)
+    return Study(load_config(settings).config, Console(stderr=True), tmp_path, pools)
 
 
-def test_the_gsm8k_study_distils_both_ways_and_reports_every_folder(study: Any, tmp_path: Path):
+def test_the_gsm8k_study_distils_and_reports_every_folder(study: Any, tmp_path: Path):
     summary = study.run().summary
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == ["teacher", "rtn-int3", "on-policy", "off-policy"]
+    assert list(rows) == ["teacher", "rtn-int3", "on-policy"]
     assert rows["teacher"]["kl_nats"] == pytest.approx(0, abs=1e-6)
-    for arm in ("on-policy", "off-policy"):
-        assert 0 < rows[arm]["kl_nats"] < rows["rtn-int3"]["kl_nats"], "six steps already help"
-        assert rows[arm]["bytes"] == pytest.approx(rows["rtn-int3"]["bytes"], rel=0.01), "a merged adapter adds no byte"
-        assert summary["runs"][arm]["largest_gap_nats"] < 1e-5
+    assert 0 < rows["on-policy"]["kl_nats"] < rows["rtn-int3"]["kl_nats"], "six steps already help"
+    assert rows["on-policy"]["bytes"] == pytest.approx(rows["rtn-int3"]["bytes"], rel=0.01), (
+        "a merged adapter adds no byte"
+    )
+    assert summary["runs"]["on-policy"]["largest_gap_nats"] < 1e-5
     assert all(row["perplexity"] > 1 for row in rows.values())
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == summary["rows"]
     assert all(Path(path).stat().st_size > 10_000 for path in summary["plots"].values())

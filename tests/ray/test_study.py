@@ -10,6 +10,7 @@ import pytest
 from run_helpers import QUIET, kill_after_step
 
 from raydistill.config import Config
+from raydistill.launch import Pools
 from raydistill.recovery.resume import last_status
 from raydistill.results.record import read_record
 from raydistill.study.state import open_study
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from raydistill.config import Config
+from raydistill.launch import Pools
 from raydistill.study.study import Study
 Study(Config.model_validate_json(Path(sys.argv[1]).read_text()), Console(stderr=True), Path(sys.argv[2])).run()
 """
@@ -46,7 +48,9 @@ def config(ray_cluster: Any, make_config: Any, tiny_world: Any, tmp_path: Path) 
     return made
 
 
-def test_a_study_killed_in_its_second_arm_keeps_the_first_and_goes_on_in_the_second(config: Config, tmp_path: Path):
+def test_a_study_killed_in_its_second_arm_keeps_the_first_and_goes_on_in_the_second(
+    config: Config, pools: Pools, tmp_path: Path
+) -> None:
     folder, settings = tmp_path / "compare", tmp_path / "config.json"
     settings.write_text(config.model_dump_json())
     state = open_study(folder, config)  # its name, before the process that will be killed
@@ -68,7 +72,7 @@ def test_a_study_killed_in_its_second_arm_keeps_the_first_and_goes_on_in_the_sec
         (folder / "ptq" / "rtn-int2" / "raydistill.json").stat().st_mtime_ns,
     )
 
-    report = Study(config, QUIET, folder).run()
+    report = Study(config, QUIET, folder, pools).run()
 
     assert (gold / "record.jsonl").read_bytes() == first
     assert (folder / "ptq" / "rtn-int2" / "raydistill.json").stat().st_mtime_ns == ptq
