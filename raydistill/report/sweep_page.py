@@ -165,8 +165,10 @@ def _page(folder: Path, sweep: Sweep, points: Sequence[Point], shares: Importanc
 
 
 def _status(counts: Counter[str]) -> str:
-    if counts["running"] or counts["pending"]:
+    if counts["running"]:
         return "running"
+    if counts["pending"]:
+        return "interrupted"
     return "finished" if counts["finished"] else "failed"
 
 

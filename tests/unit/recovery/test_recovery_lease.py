@@ -144,3 +144,11 @@ def test_a_driven_run_is_neither_set_aside_nor_gone_on_with(tmp_path: Path) -> N
         with pytest.raises(UserError, match="drives it"):
             set_aside(stored)
     assert run_folder(third, DATA).name == folder.name
+
+
+def test_a_machine_without_proc_has_a_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_proc(_: str) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(lease.os, "readlink", no_proc)
+    assert Driver.here().is_this_process
