@@ -1,12 +1,12 @@
 """What the trials of a sweep share: the same runs once one by one, each a command of its own, and once as one sweep.
 
-    python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm] [--output outputs/sharing]
+    python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm] [--parallel 1] [--output outputs/sharing]
 
-On the embedded world, one trial after another on both sides, the same seeds; only the learning rate differs between trials.
-CPU-seconds are those of all processes, Ray's own included. "work" is the time between the moment a run's engines, teachers
-and ranks are armed and its last step or evaluation; "start-up" is everything else: imports, Ray, engines, the end. Prints
-the CPU-seconds of both sides, the rows that the teachers computed, and the largest difference between the results of a
-trial and of its separate run.
+On the embedded world, the same seeds; only the learning rate differs between trials. The separate runs follow one another; the
+sweep has --parallel trials at a time. CPU-seconds are those of all processes, Ray's own included. "work" is the time between
+the moment a run's engines, teachers and ranks are armed and its last step or evaluation (of several at a time, when any of
+them is there); "start-up" is everything else: imports, Ray, engines, the end. Prints the CPU-seconds of both sides, the rows
+that the teachers computed, and the largest difference between the results of a trial and of its separate run.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=3500, help="training rows (default: %(default)s)")
     parser.add_argument("--staleness", type=int, default=0, help="sync.max_staleness (default: %(default)s)")
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="what samples (default: %(default)s)")
+    parser.add_argument("--parallel", type=int, default=1, help="trials at a time in the sweep (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/sharing"), help="folder of world, runs and tables")
     parser.add_argument("--json", action="store_true", help="print the tables as JSON")
     return parser.parse_args(list(argv))
@@ -117,7 +118,11 @@ def one_sweep(options: argparse.Namespace, output: Path, rates: Sequence[float])
     file.write_text("\n".join([*lines, "[space]", f'"trainer.learning_rate" = {json.dumps(list(rates))}']) + "\n")
     with CpuMeter() as meter:
         start = time.time()
-        run([sys.executable, "tune/sweep.py", str(file)], meter, output / "sweep.log")
+        run(
+            [sys.executable, "tune/sweep.py", str(file), "--parallel", str(options.parallel)],
+            meter,
+            output / "sweep.log",
+        )
         wall = time.time() - start
         shared = json.loads((output / "sweep" / "sweeps" / "lr" / "sweep.json").read_text())["shared"]
         return facts(meter, output / "sweep", len(rates), wall, shared["teacher_rows"]["computed_rows"])
@@ -131,7 +136,7 @@ def run(line: Sequence[str], meter: CpuMeter, log: Path) -> None:
 
 def facts(meter: CpuMeter, output: Path, trials: int, wall: float, rows: int) -> dict[str, Any]:
     windows = [window(output / "runs" / f"lr-{number:03d}") for number in range(trials)]
-    work = sum(meter.between(*one) for one in windows)
+    work = sum(meter.between(*one) for one in merged(windows))
     return {
         "work CPU-s": round(work, 1),
         "start-up CPU-s": round(meter.total() - work, 1),
@@ -146,6 +151,17 @@ def window(folder: Path) -> tuple[float, float]:
     armed = [line["time_s"] for line in lines_of(folder, "table") if line["name"] == "engines"]
     ends = [line["time_s"] for kind in ("step", "evaluation") for line in lines_of(folder, kind)]
     return armed[-1], max(ends)
+
+
+def merged(windows: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time, with every moment in one window only."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(windows):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
 
 
 def teacher_rows(options: argparse.Namespace, trials: int) -> int:
