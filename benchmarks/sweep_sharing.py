@@ -1,6 +1,7 @@
 """What the trials of a sweep share: the same runs once one by one, each a command of its own, and once as one sweep.
 
-    python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm] [--parallel 1] [--output outputs/sharing]
+    python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm]
+        [--parallel 1] [--output outputs/sharing]
 
 On the embedded world, the same seeds; only the learning rate differs between trials. The separate runs follow one another; the
 sweep has --parallel trials at a time. CPU-seconds are those of all processes, Ray's own included. "work" is the time between

@@ -8,15 +8,18 @@ from typing import Any
 
 from raydistill.errors import StorageError, UserError
 from raydistill.recovery.checkpoint import (
+    CHECKPOINTS,
     PREFIX,
     checkpoint_folder,
     damage,
     digest,
     newest_checkpoint,
+    read_description,
     version_of,
 )
 from raydistill.recovery.lease import refuse_driven
 from raydistill.recovery.ledger import FOLDER as LEDGER
+from raydistill.recovery.ledger import ledger_problem, put_ledgers
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record
@@ -52,18 +55,20 @@ def set_aside(run: Storage) -> None:
         run.move_to(Storage(f"{run.url}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
-def newest_of_both(root: Path, run: Storage) -> tuple[Path | None, list[str]]:
+def newest_of_both(run_folder: Path, run: Storage) -> tuple[Path | None, list[str]]:
     """The newest version that is whole, here or there, whole on this disk; and a line for each newer one that is not.
 
     One that the storage does not have yet is brought there, so that ranks on other disks find it. While the storage does
     not answer, this disk alone counts.
     """
-    stored = StoredCheckpoints(run)
+    root, stored = run_folder / CHECKPOINTS, StoredCheckpoints(run)
     complaints: list[str] = []
     try:
         there = stored.versions()
     except StorageError as error:
-        checkpoint, complaints = newest_checkpoint(root)
+        checkpoint, complaints = newest_checkpoint(
+            root, lambda found: ledger_problem(run_folder, read_description(found))
+        )
         return checkpoint, [str(error), *complaints]
     here = {version_of(folder) for folder in root.glob(f"{PREFIX}*")}
     for version in sorted(here | there, reverse=True):
@@ -72,9 +77,11 @@ def newest_of_both(root: Path, run: Storage) -> tuple[Path | None, list[str]]:
         if problem is not None and version in there and folder.exists() and damage(folder) is None:
             there.discard(version)  # the copy there is the damaged one
             problem = None
+        problem = problem or ledger_problem(run_folder, read_description(folder), run)
         if problem is None:
             if version not in there:
                 try:
+                    put_ledgers(run_folder, read_description(folder), run)
                     stored.put(folder)
                 except StorageError as error:
                     complaints.append(f"checkpoint {folder} lies on this disk only: {error}")

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that is damaged."""
+def newest_checkpoint(
+    root: Path, further: Callable[[Path], str | None] = lambda _: None
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each newer one that is damaged. further: says what else is wrong with one."""
     complaints: list[str] = []
     for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
-        problem = damage(folder)
+        problem = damage(folder) or further(folder)
         if problem is None:
             return folder, complaints
         complaints.append(f"checkpoint {folder} is damaged: {problem}; the one before it is used")

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,47 @@ def bring_ledger(run_folder: Path, rank: int, size_bytes: int, digest: str, run:
     for is_brought in (False, True):
         if is_brought:
             run.get(ledger_name(rank), path, size_bytes)
-        data = path.read_bytes()[:size_bytes] if path.is_file() else b""
-        if len(data) == size_bytes and hashlib.sha256(data).hexdigest() == digest:
+        if _begins_with(_head(path, size_bytes), size_bytes, digest):
             return
     raise RunError(f"{path} is not the ledger that the checkpoint knows, neither here nor in {run.url}")
+
+
+def ledger_problem(run_folder: Path, description: Mapping[str, Any], run: Storage | None = None) -> str | None:
+    """Which rank's file is on this disk (or in the storage) not as a checkpoint knows it; None if all are.
+
+    Ranks on other disks have brought theirs before the checkpoint was there. Without a storage all see one disk.
+    """
+    for rank, (size, digest) in enumerate(_known(description)):
+        is_known = _begins_with(_head(ledger_path(run_folder, rank), size), size, digest)
+        if not is_known and run is not None and size:
+            is_known = _begins_with(run.read(ledger_name(rank), end=size) or b"", size, digest)
+        if not is_known:
+            return f"{ledger_name(rank)} is not the ledger that it knows"
+    return None
+
+
+def put_ledgers(run_folder: Path, description: Mapping[str, Any], run: Storage) -> None:
+    """Bring the files that a checkpoint on this disk knows."""
+    for rank, (size, digest) in enumerate(_known(description)):
+        if _begins_with(_head(ledger_path(run_folder, rank), size), size, digest):
+            run.put(ledger_path(run_folder, rank), ledger_name(rank))
+
+
+def _known(description: Mapping[str, Any]) -> list[tuple[int, str | None]]:
+    """Of each rank's file, as a checkpoint describes it: bytes, sha256."""
+    sizes = description.get("ledger_bytes", ())
+    return list(zip(sizes, description.get("ledger_sha256", [None] * len(sizes)), strict=True))
+
+
+def _head(path: Path, size_bytes: int) -> bytes:
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(size_bytes)
+
+
+def _begins_with(head: bytes, size_bytes: int, digest: str | None) -> bool:
+    return len(head) == size_bytes and digest in (None, hashlib.sha256(head).hexdigest())
 
 
 def read_ledger(run_folder: Path) -> Iterator[dict[str, Any]]:

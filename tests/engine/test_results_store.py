@@ -25,6 +25,7 @@ from raydistill.results.store import ResultsStore, default_uri
 pytestmark = pytest.mark.engine
 
 EXPERIMENT = "raydistill"
+WAIT_S = 240.0  # beside a run of another test, importing MLflow may take a minute
 
 
 def started(output: Path, name: str, rate: float = 1e-3) -> RunRecord:
@@ -51,6 +52,7 @@ def test_a_process_of_its_own_delivers_1000_metrics(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path / "job")
     (tmp_path / "job").rmdir()  # as a second node of one machine does with the folder of a Ray job
     handle = start_delivery(record.path.parent, uri, EXPERIMENT)
+    monkeypatch.undo()
     for step in range(100):
         record.step(step, {f"trainer/m{i}": float(step * i) for i in range(9)} | {"trainer/nan": float("nan")})
     record.evaluation(evaluation(100, 0.1))
@@ -58,7 +60,7 @@ def test_a_process_of_its_own_delivers_1000_metrics(tmp_path: Path, monkeypatch:
     record.artifact("checkpoint", tmp_path)
     record.warning("an actor died")
     record.end("finished")
-    assert handle.finish(60), (record.path.parent / "delivery.log").read_text()
+    assert handle.finish(WAIT_S), (record.path.parent / "delivery.log").read_text()
     assert handle.problem is None
     (run,) = list_runs(uri)
     assert (run.name, run.status) == ("a", "finished")
@@ -136,10 +138,10 @@ def test_a_store_that_comes_up_late_gets_everything(tmp_path: Path) -> None:
     record = started(tmp_path, "a")
     handle = start_delivery(record.path.parent, uri, EXPERIMENT)
     record.step(0, {"m": 1.0})
-    _wait_for(lambda: handle.problem is not None, 30)
+    _wait_for(lambda: handle.problem is not None)
     place.unlink()
     record.end("finished")
-    assert handle.finish(60), (record.path.parent / "delivery.log").read_text()
+    assert handle.finish(WAIT_S), (record.path.parent / "delivery.log").read_text()
     assert [run.status for run in list_runs(uri)] == ["finished"]
     assert read_state(record.path.parent).problem is None
 
@@ -176,7 +178,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     pid = int(done.stdout)
-    _wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 60)
+    _wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     (run,) = list_runs(default_uri(tmp_path))
     assert run.status == "killed"
     assert history(default_uri(tmp_path), run.id, "m") == [(0, 1.0)]
@@ -186,7 +188,7 @@ def test_the_password_of_a_store_is_on_no_command_line_and_in_no_file(tmp_path: 
     record = started(tmp_path, "a")
     handle = start_delivery(record.path.parent, "http://me:hunter2@127.0.0.1:9", EXPERIMENT)
     try:
-        _wait_for(lambda: handle.problem is not None, 60)
+        _wait_for(lambda: handle.problem is not None)
         assert not any("hunter2" in part for part in psutil.Process(handle.process.pid).cmdline())
         for file in record.path.parent.iterdir():
             assert b"hunter2" not in file.read_bytes(), file.name
@@ -209,7 +211,7 @@ def test_the_page_answers_on_this_machine_and_ctrl_c_ends_all_its_processes(tmp_
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"), 90)
+        _wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"))
         family = psutil.Process(page.pid).children(recursive=True)
         assert family
         listening = [c for one in family for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
@@ -232,7 +234,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _wait_for(condition, timeout_s: float) -> None:
+def _wait_for(condition, timeout_s: float = WAIT_S) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "waited too long"

@@ -1,6 +1,8 @@
 """Checkpoints in `run.storage`: there with their description or not at all; the newest whole one comes back."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from raydistill.messages import StudentWeights
 from raydistill.recovery.bring import bring_folder, newest_of_both, put_folder
 from raydistill.recovery.checkpoint import checkpoint_folder, damage, digests, load_checkpoint, save_checkpoint
 from raydistill.recovery.keeper import CheckpointKeeper
+from raydistill.recovery.ledger import ledger_path
+from raydistill.recovery.resume import find_checkpoint
 from raydistill.recovery.run_storage import RunStorage
 from raydistill.recovery.sampled import SampledTokens
 from raydistill.recovery.storage import Storage
@@ -29,9 +33,21 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "here" / "checkpoints"
 
 
-def save(root: Path, version: int, value: float = 0.0) -> Path:
+def save(root: Path, version: int, value: float = 0.0, **facts: object) -> Path:
     tensors = {"q.lora_A": np.full((2, 4), version + value, np.float32)}
-    return save_checkpoint(root, StudentWeights(version=version, tensors=tensors, probe=None), {})
+    return save_checkpoint(root, StudentWeights(version=version, tensors=tensors, probe=None), facts)
+
+
+def save_with_ledger(root: Path, version: int) -> Path:
+    """Two ranks, ten bytes of ledger for each version."""
+    sizes, digests = [], []
+    for rank in range(2):
+        path = ledger_path(root.parent, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([48 + rank]) * 10 * version)
+        sizes.append(10 * version)
+        digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return save(root, version, ledger_bytes=sizes, ledger_sha256=digests)
 
 
 def remote_file(tmp_path: Path, version: int, name: str) -> Path:
@@ -80,7 +96,7 @@ def test_the_one_before_a_damaged_one_is_used(root: Path, run: Storage, tmp_path
     else:
         description.write_text("{")
     elsewhere = tmp_path / "other" / "checkpoints"
-    folder, (complaint,) = newest_of_both(elsewhere, run)
+    folder, (complaint,) = newest_of_both(elsewhere.parent, run)
     assert folder == checkpoint_folder(elsewhere, 2)
     assert damage(folder) is None
     assert "step-000004" in complaint and run.url in complaint and "the one before it is used" in complaint
@@ -92,15 +108,44 @@ def test_a_damaged_copy_there_does_not_count_where_the_disk_has_a_whole_one(
     StoredCheckpoints(run).put(save(root, 4))
     remote_file(tmp_path, 4, "weights.safetensors").write_bytes(b"")
     remote_file(tmp_path, 4, "checkpoint.json").write_text("{")
-    assert newest_of_both(root, run) == (checkpoint_folder(root, 4), [])
+    assert newest_of_both(root.parent, run) == (checkpoint_folder(root, 4), [])
     assert StoredCheckpoints(run).bring(tmp_path / "other", 4) is None  # it was mended
 
 
 def test_the_disk_is_ahead_where_the_storage_was_away(root: Path, run: Storage) -> None:
     StoredCheckpoints(run).put(save(root, 2))
     newest = save(root, 4)
-    assert newest_of_both(root, run) == (newest, [])
+    assert newest_of_both(root.parent, run) == (newest, [])
     assert StoredCheckpoints(run).versions() == {2, 4}
+
+
+def test_a_version_whose_ledger_is_nowhere_is_none(root: Path, run: Storage, tmp_path: Path) -> None:
+    """A rank that outlives its run for a moment may write one into a folder that was removed under it."""
+    for version in (2, 4):
+        folder = save_with_ledger(root, version)
+    assert newest_of_both(root.parent, run) == (folder, [])
+    assert {name: size for name, size in run.list().items() if name.startswith("ledger")} == {
+        "ledger/rank-0.jsonl": 40,
+        "ledger/rank-1.jsonl": 40,
+    }, "with the version, for ranks on other disks"
+    save_with_ledger(root, 6)
+    shutil.rmtree(root.parent / "ledger")
+    found, (complaint,) = newest_of_both(root.parent, run)
+    assert found == checkpoint_folder(root, 4)
+    assert "step-000006" in complaint and "ledger/rank-0.jsonl is not the ledger that it knows" in complaint
+    assert StoredCheckpoints(run).versions() == {4}
+
+
+def test_without_a_storage_a_ledger_that_is_too_short_is_found_too(root: Path) -> None:
+    for version in (2, 4):
+        save_with_ledger(root, version)
+    path = ledger_path(root.parent, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    point = find_checkpoint(root.parent)
+    assert point.version == 2
+    assert "rank-1.jsonl" in point.complaints[0]
+    path.unlink()
+    assert find_checkpoint(root.parent).folder is None
 
 
 def test_a_lost_trainer_goes_on_from_the_disk_while_the_storage_is_away(
@@ -112,7 +157,7 @@ def test_a_lost_trainer_goes_on_from_the_disk_while_the_storage_is_away(
         raise StorageError("run.storage='...' does not answer")
 
     monkeypatch.setattr(Storage, "list", away)
-    assert newest_of_both(root, run) == (newest, ["run.storage='...' does not answer"])
+    assert newest_of_both(root.parent, run) == (newest, ["run.storage='...' does not answer"])
 
 
 def test_a_version_of_another_life_gives_way_to_the_one_there(root: Path, run: Storage) -> None:
