@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         EvaluationSection,
         ObjectiveSection,
         QuantSection,
+        ResultsSection,
         RolloutSection,
         RunSection,
         StudySection,
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     )
 
 BETA_EDGE = 1e-3  # closer to 0 or 1 the float32 quotient D/(beta(1-beta)) is off by 5 % and more
+
+
+def check_results_section(results: ResultsSection) -> None:
+    if results.sinks and not results.deliver:
+        raise ValueError(
+            f"results.sinks={list(results.sinks)} get the record with the results store, and results.deliver=false; leave one "
+            "of the two out"
+        )
 
 
 def check_run(run: RunSection) -> None:

@@ -16,6 +16,7 @@ from raydistill.config.checks import (
     check_evaluation,
     check_objective,
     check_quant,
+    check_results_section,
     check_rollout,
     check_run,
     check_study,
@@ -316,6 +317,14 @@ class ResultsSection(Section):
         (),
         description="where the record goes beside the store; tensorboard: <run>/tensorboard; wandb: Weights & Biases",
     )
+    deliver: bool = Field(
+        True, description="bring the record there meanwhile; false: later, with `python -m raydistill.results.deliver`"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ResultsSection:
+        check_results_section(self)
+        return self
 
     @field_validator("uri")
     @classmethod

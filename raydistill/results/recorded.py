@@ -32,7 +32,8 @@ def recorded(
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
     A record that is there already is cut back to step `resume_at` and goes on. `parent` is the record id of the run that this
-    one belongs to. With `delivers` false somebody else delivers it (`start_delivery(..., under=True)`).
+    one belongs to. With `delivers` false somebody else delivers it (`start_delivery(..., under=True)`), with
+    `results.deliver` false nobody does yet.
     A store that does not answer delays delivery and nothing else: one warning says how to deliver later.
     """
     record = RunRecord(folder)
@@ -51,7 +52,7 @@ def recorded(
         )
     uri = config.results.uri or default_uri(config.run.output.absolute())
     chosen = config.results
-    delivery = start_delivery(folder, uri, chosen.experiment, chosen.sinks) if delivers else None
+    delivery = start_delivery(folder, uri, chosen.experiment, chosen.sinks) if delivers and chosen.deliver else None
     try:
         yield record
         record.end("finished")

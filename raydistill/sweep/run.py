@@ -107,6 +107,9 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
 def _delivered(sweep: Sweep) -> Iterator[None]:
     """One process brings the sweep's record and those of its trials to the results store."""
     output, results = sweep.base.run.output.absolute(), sweep.base.results
+    if not results.deliver:
+        yield
+        return
     uri = results.uri or default_uri(output)
     delivery = start_delivery(output, uri, results.experiment, under=True, family_of=sweep.folder)
     try:

@@ -48,6 +48,7 @@ NOT_SWEPT = (
     "run.verbose",
     "results.uri",
     "results.experiment",
+    "results.deliver",
     "cluster.address",
 )
 """Fields that are the sweep's own, or that make no sense for one trial alone."""

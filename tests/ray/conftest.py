@@ -47,8 +47,8 @@ def base_config(tiny_world: Any, output: Path) -> dict[str, Any]:
 def make_config(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A config of the tiny world: float32, int2, merged, half on-policy by sequence; each test names what differs."""
     base = base_config(tiny_world, tmp_path_factory.mktemp("outputs"))
-    # Making a store takes MLflow longer than these runs take: they share one.
-    base["results"] = {"uri": f"sqlite:///{tmp_path_factory.getbasetemp()}/results.db"}
+    # MLflow takes longer to import, and to make a store, than these runs take: most do without, the others share one.
+    base["results"] = {"uri": f"sqlite:///{tmp_path_factory.getbasetemp()}/results.db", "deliver": False}
 
     def make(**changes: Any) -> Config:
         return Config.model_validate(merge(base, changes))

@@ -37,6 +37,7 @@ from raydistill.launch import POOL_MAKERS, Pools, RunSummary, run
 from raydistill.messages import EvalReport, Exported, LoadReport, StageReport, StepOutcome
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.reproduce import reproduce_command
+from raydistill.results.query import list_runs
 from raydistill.results.record import read_record, read_spans
 from raydistill.results.record_lines import encode_line
 from raydistill.serving.export import export_run
@@ -81,7 +82,9 @@ class DriverMailbox:
 @pytest.fixture(scope="module")
 def overlapped(vllm_pools: Pools, make_config: Any) -> tuple[Config, RunSummary, DriverMailbox]:
     """The default run, S = 1, watched. Micro-batches of one sequence keep the trainer busy for longer than a load."""
-    config = make_config(run={"name": "overlapped"}, trainer={"sequences_per_micro_batch": 1})
+    config = make_config(
+        run={"name": "overlapped"}, trainer={"sequences_per_micro_batch": 1}, results={"deliver": True}
+    )
     with DriverMailbox() as mailbox:
         summary = run(config, vllm_pools, QUIET)
     return config, summary, mailbox
@@ -113,6 +116,14 @@ def test_the_record_holds_each_step_once_and_ends_well(overlapped: Any) -> None:
     for line in lines(summary, "step"):
         assert np.isfinite(line["metrics"]["trainer/loss"])
         assert line["metrics"]["trainer/staleness_steps"] <= 1
+
+
+def test_the_results_store_has_the_run(overlapped: Any) -> None:
+    config, summary, _ = overlapped
+    (row,) = [row for row in list_runs(config.results.uri) if row.name == "overlapped"]
+    assert (row.status, row.folder) == ("finished", summary.folder)
+    last = lines(summary, "step")[-1]["metrics"]["trainer/loss"]
+    assert row.metrics["trainer/loss"] == pytest.approx(last)
 
 
 def test_the_record_names_the_classes_that_really_ran(overlapped: Any) -> None:

@@ -31,6 +31,7 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_and_stops_when_told(make_co
         rollout={"engine": "hf"},
         trainer={"num_steps": STEPS},
         checkpoint={"save_every": 1},
+        results={"deliver": True},
     )
     config = config.model_copy(
         update={

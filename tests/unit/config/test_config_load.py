@@ -337,3 +337,8 @@ def test_a_database_stays_where_it_was_for_whoever_stands_elsewhere(tmp_path: Pa
     assert found == [f"sqlite:///{tmp_path}/a/b.db", "http://mlflow"]
     monkeypatch.chdir("/")
     assert load_config(["--results.uri", str(found[0])]).config.results.uri == found[0]
+
+
+def test_sinks_without_a_delivery_are_refused() -> None:
+    (complaint,) = problems("--results.sinks", "tensorboard", "--results.deliver", "false")
+    assert "results.sinks=['tensorboard'] get the record with the results store, and results.deliver=false" in complaint
