@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from raydistill.errors import ConfigError
 
 KEYS = ("range", "log_range", "num")
+MIN_LOG = 3  # listed numbers that may show a log scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,20 @@ class Choice:
     """One of several values."""
 
     values: tuple[Any, ...]
-    is_log = False
+
+    @property
+    def is_log(self) -> bool:
+        """Positive numbers whose median is nearer to their geometric than to their arithmetic middle, over a decade or more."""
+        numbers = sorted(one for one in self.values if isinstance(one, (int, float)) and not isinstance(one, bool))
+        if (
+            len(numbers) < len(self.values)
+            or len(numbers) < MIN_LOG
+            or numbers[0] <= 0
+            or numbers[-1] < 10 * numbers[0]
+        ):
+            return False
+        middle, ends = statistics.median(numbers), (numbers[0], numbers[-1])
+        return abs(middle - math.sqrt(ends[0] * ends[1])) < abs(middle - sum(ends) / 2)
 
     def grid(self) -> tuple[Any, ...]:
         return self.values

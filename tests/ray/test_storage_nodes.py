@@ -114,7 +114,7 @@ def test_a_run_over_nodes_without_a_common_disk_survives_its_driver_and_its_disk
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_for_step(folder, 2)
+            wait_for_step(folder, 2, first)
         finally:
             first.kill()
             first.wait(30)

@@ -92,3 +92,19 @@ def test_what_varies_together_is_spread_and_gathered_again() -> None:
     written = {"quant": {"format": "int2", "scale": "absmax"}, "a": 2}
     assert spread(written) == {"quant.format": "int2", "quant.scale": "absmax", "a": 2}
     assert gathered(space, spread(written)) == written
+
+
+@pytest.mark.parametrize(
+    ("written", "is_log"),
+    [
+        ([1e-4, 1e-3, 1e-2], True),
+        ([5e-4, 8.2e-4, 1.3e-3, 2.2e-3, 3.6e-3, 5.9e-3], True),
+        ([1, 8, 16, 24], False),
+        ([0.0, 0.5, 1.0], False),
+        ([1e-4, 1e-2], False),
+        (["int2", "int4", "nf4"], False),
+        ([True, False], False),
+    ],
+)
+def test_a_list_of_numbers_shows_by_itself_whether_it_is_on_a_log_scale(written: list[object], is_log: bool) -> None:
+    assert values(written).is_log is is_log
