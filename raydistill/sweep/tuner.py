@@ -59,7 +59,7 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
         _tune(sweep, host, callback, {POINT: tune.grid_search(left)}, TuneConfig())
     now = SweepState.of(sweep).trials
     new = sweep.num_trials - len(named)
-    if new and all(trial.status in OVER for trial in now.values()):  # else it was interrupted
+    if new > 0 and all(trial.status in OVER for trial in now.values()):  # else it was interrupted
         space = {field: _domain(values) for field, values in sweep.space.items()}
         _tune(sweep, host, callback, space, TuneConfig(search_alg=_searcher(sweep), num_samples=new))
 
