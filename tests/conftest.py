@@ -18,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files of tests/ray that use the same actors.
 SHARES_POOLS = (
     "architectures",
     "gsm8k",
@@ -29,7 +30,7 @@ SHARES_POOLS = (
     "sweep_tuner",
     "lost_arguments",
     "ray_metrics",
-)  # of tests/ray
+)
 
 
 @pytest.hookimpl(optionalhook=True)

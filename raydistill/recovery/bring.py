@@ -55,6 +55,13 @@ def set_aside(run: Storage) -> None:
         run.move_to(Storage(f"{run.url}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
+def newest_here(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest version that lies whole on this disk, with its ledgers; and a line for each newer one that does not."""
+    return newest_checkpoint(
+        run_folder / CHECKPOINTS, lambda folder: ledger_problem(run_folder, read_description(folder))
+    )
+
+
 def newest_of_both(run_folder: Path, run: Storage) -> tuple[Path | None, list[str]]:
     """The newest version that is whole, here or there, whole on this disk; and a line for each newer one that is not.
 
@@ -66,9 +73,7 @@ def newest_of_both(run_folder: Path, run: Storage) -> tuple[Path | None, list[st
     try:
         there = stored.versions()
     except StorageError as error:
-        checkpoint, complaints = newest_checkpoint(
-            root, lambda found: ledger_problem(run_folder, read_description(found))
-        )
+        checkpoint, complaints = newest_here(run_folder)
         return checkpoint, [str(error), *complaints]
     here = {version_of(folder) for folder in root.glob(f"{PREFIX}*")}
     for version in sorted(here | there, reverse=True):

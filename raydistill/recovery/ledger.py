@@ -71,7 +71,7 @@ def bring_ledger(run_folder: Path, rank: int, size_bytes: int, digest: str, run:
     for is_brought in (False, True):
         if is_brought:
             run.get(ledger_name(rank), path, size_bytes)
-        if _begins_with(_head(path, size_bytes), size_bytes, digest):
+        if _file_begins(path, size_bytes, digest):
             return
     raise RunError(f"{path} is not the ledger that the checkpoint knows, neither here nor in {run.url}")
 
@@ -82,9 +82,9 @@ def ledger_problem(run_folder: Path, description: Mapping[str, Any], run: Storag
     Ranks on other disks have brought theirs before the checkpoint was there. Without a storage all see one disk.
     """
     for rank, (size, digest) in enumerate(_known(description)):
-        is_known = _begins_with(_head(ledger_path(run_folder, rank), size), size, digest)
+        is_known = _file_begins(ledger_path(run_folder, rank), size, digest)
         if not is_known and run is not None and size:
-            is_known = _begins_with(run.read(ledger_name(rank), end=size) or b"", size, digest)
+            is_known = _matches(run.read(ledger_name(rank), end=size) or b"", size, digest)
         if not is_known:
             return f"{ledger_name(rank)} is not the ledger that it knows"
     return None
@@ -93,7 +93,7 @@ def ledger_problem(run_folder: Path, description: Mapping[str, Any], run: Storag
 def put_ledgers(run_folder: Path, description: Mapping[str, Any], run: Storage) -> None:
     """Bring the files that a checkpoint on this disk knows."""
     for rank, (size, digest) in enumerate(_known(description)):
-        if _begins_with(_head(ledger_path(run_folder, rank), size), size, digest):
+        if _file_begins(ledger_path(run_folder, rank), size, digest):
             run.put(ledger_path(run_folder, rank), ledger_name(rank))
 
 
@@ -103,15 +103,16 @@ def _known(description: Mapping[str, Any]) -> list[tuple[int, str | None]]:
     return list(zip(sizes, description.get("ledger_sha256", [None] * len(sizes)), strict=True))
 
 
-def _head(path: Path, size_bytes: int) -> bytes:
+def _file_begins(path: Path, size_bytes: int, digest: str | None) -> bool:
+    """Whether a file begins with so many bytes of this digest; what comes after them was trained later."""
     if not path.is_file():
-        return b""
+        return size_bytes == 0
     with path.open("rb") as file:
-        return file.read(size_bytes)
+        return _matches(file.read(size_bytes), size_bytes, digest)
 
 
-def _begins_with(head: bytes, size_bytes: int, digest: str | None) -> bool:
-    return len(head) == size_bytes and digest in (None, hashlib.sha256(head).hexdigest())
+def _matches(data: bytes, size_bytes: int, digest: str | None) -> bool:
+    return len(data) == size_bytes and digest in (None, hashlib.sha256(data).hexdigest())
 
 
 def read_ledger(run_folder: Path) -> Iterator[dict[str, Any]]:

@@ -23,10 +23,9 @@ from filelock import FileLock, Timeout
 
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.recovery.bring import bring_record, newest_of_both, set_aside, whole_lines
-from raydistill.recovery.checkpoint import CHECKPOINTS, newest_checkpoint, read_description, version_of
+from raydistill.recovery.bring import bring_record, newest_here, newest_of_both, set_aside, whole_lines
+from raydistill.recovery.checkpoint import read_description, version_of
 from raydistill.recovery.lease import living_driver
-from raydistill.recovery.ledger import ledger_problem
 from raydistill.recovery.storage import Storage
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record, start_of
 from raydistill.results.run_folders import LOCK, is_at_work
@@ -187,12 +186,7 @@ def _stored_run(runs: Path, config: Config, data_fingerprint: str) -> Path | Non
 
 def find_checkpoint(folder: Path, storage: Storage | None = None) -> ResumePoint:
     """The newest whole checkpoint of a run. With its folder in run.storage: of those here and there, brought here."""
-    if storage is None:
-        checkpoint, complaints = newest_checkpoint(
-            folder / CHECKPOINTS, lambda found: ledger_problem(folder, read_description(found))
-        )
-    else:
-        checkpoint, complaints = newest_of_both(folder, storage)
+    checkpoint, complaints = newest_here(folder) if storage is None else newest_of_both(folder, storage)
     if checkpoint is None:
         return ResumePoint(folder=None, version=0, skipped=0, steps={}, complaints=tuple(complaints))
     description = read_description(checkpoint)

@@ -61,7 +61,7 @@ class SweepRecorder(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         run = self._run(trial)
-        folder = self._sweep.base.run.output.absolute() / "runs" / run
+        folder = self._sweep.base.run.output / "runs" / run
         one = self._change(run, status="failed", error=reason_of(folder, trial))
         self._console.print(f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
         self._draw()

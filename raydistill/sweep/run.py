@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         bring_sweep(sweep)
     with locked(sweep.folder):
         base = resolve_world(sweep.base, console)
-        run = base.run.model_copy(update={"output": base.run.output.absolute()})  # whoever stands where
+        run = base.run.model_copy(update={"output": base.run.output.absolute()})  # of all its processes
         sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection(), "run": run}))
         _check_identity(sweep, retry_failed)
         start_cluster(base)
@@ -89,9 +89,7 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # as Tune's own copy of the recorder left it
             state.share(ray.get(host.shares.remote()))
-            for trial in state.trials.values():
-                if trial.status == "running":
-                    state.change(trial.run, status="pending")  # it goes on when the sweep does
+            state.pause()
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())
         for name, path in {"page": page.page, **page.plots}.items():
@@ -106,7 +104,7 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
 @contextmanager
 def _delivered(sweep: Sweep) -> Iterator[None]:
     """One process brings the sweep's record and those of its trials to the results store."""
-    output, results = sweep.base.run.output.absolute(), sweep.base.results
+    output, results = sweep.base.run.output, sweep.base.results
     if not results.deliver:
         yield
         return
@@ -156,7 +154,7 @@ def _standing_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_as_sigint() -> Iterator[None]:
-    """Ray Tune listens to SIGINT alone: it saves its state, and leaves."""
+    """Ray Tune listens to SIGINT alone: it ends its trials, and leaves."""
     before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         yield

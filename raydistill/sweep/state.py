@@ -68,6 +68,12 @@ class SweepState:
         self.save()
         return trial
 
+    def pause(self) -> None:
+        """Nothing runs any more: the trials that did go on when the sweep does."""
+        for trial in self.trials.values():
+            if trial.status == "running":
+                self.change(trial.run, status="pending")
+
     def share(self, shares: Mapping[str, Any]) -> None:
         """Take in what a host says of one of its lives; its newest word counts."""
         self._shares[shares["life"]] = dict(shares)

@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from raydistill.config import Config
-from raydistill.launch import Pools
 from raydistill.study.study import Study
 Study(Config.model_validate_json(Path(sys.argv[1]).read_text()), Console(stderr=True), Path(sys.argv[2])).run()
 """
