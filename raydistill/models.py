@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
 from raydistill.errors import ModelError, ResourceError
+from raydistill.imports import without
 from raydistill.quant.formats import WeightFormat
+
+with without("sklearn"):  # for one curve of assisted decoding
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from raydistill.quant.student import LoraSettings

@@ -1,4 +1,5 @@
-"""Lets Ray Train's controller say which process it is, so that a group that hangs can end its own and no other run's.
+"""Lets Ray Train's controller say which process it is and what its ranks have booked, so that a crew that hangs can end its own
+processes and no other run's, and give the booking back.
 
 Runs inside the controller, which is to stay light: nothing here imports torch.
 """
@@ -8,19 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from raydistill.processes import this_process
 
 CONTROLLER = "controller"
-JOIN_TIMEOUT_S = 60.0
+TELL_TIMEOUT_S = 60.0
 
 
-class ControllerJoins(ControllerCallback):
-    """Tells the crew's feed about the controller as soon as it starts."""
+class ControllerJoins(ControllerCallback, WorkerGroupCallback):
+    """Tells the crew's feed about the controller as soon as it starts, and about its ranks' placement group."""
 
     def __init__(self, feed: Any) -> None:
         self._feed = feed
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        ray.get(self._feed.join.remote(this_process(CONTROLLER)), timeout=JOIN_TIMEOUT_S)
+        ray.get(self._feed.join.remote(this_process(CONTROLLER)), timeout=TELL_TIMEOUT_S)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        booking = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        ray.get(self._feed.book.remote(booking), timeout=TELL_TIMEOUT_S)

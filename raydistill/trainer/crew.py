@@ -20,6 +20,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.config import Config
@@ -31,18 +32,17 @@ from raydistill.trainer.job import TrainerJob
 from raydistill.trainer.worker import serve
 
 RAY_TRAIN_FOLDER = "ray_train"
-CLEANER_INTERVAL_S = 5.0  # between questions whether a controller still lives
 GIVE_UP_S = 30.0  # how long a lost crew may take to end by itself
 
 
 class _LeanTrainer(TorchTrainer):
-    """Ray Train without what an idle crew pays for: a process for Ray Data's data sets, of which there are none here, and a
-    question to Ray's dashboard every second, whether the controller still lives (whose death frees the ranks' resources)."""
+    """Ray Train without two processes that each crew would start: one for Ray Data's data sets, of which there are none here,
+    and one that asks Ray's dashboard every second whether the controller still lives, to free what the ranks of a dead one
+    had booked (`TrainerCrew.end` does)."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        cleaner = PlacementGroupCleanerCallback(check_interval_s=CLEANER_INTERVAL_S)
-        others = super()._create_default_callbacks()
-        return [cleaner, *(c for c in others if not isinstance(c, (DatasetsCallback, PlacementGroupCleanerCallback)))]
+        default = super()._create_default_callbacks()
+        return [c for c in default if not isinstance(c, (DatasetsCallback, PlacementGroupCleanerCallback))]
 
 
 class TrainerCrew:
@@ -116,10 +116,12 @@ class TrainerCrew:
         patience_s: how long they may take to end by themselves.
         """
         members: list[Member] = []
+        booking = None
         with suppress(RayError, TimeoutError):
             closing = self.feed.close.remote("the crew is dismissed")
             await asyncio.wait_for(asyncio.wrap_future(closing.future()), patience_s)
-            members = await asyncio.wait_for(asyncio.wrap_future(self.feed.members.remote().future()), patience_s)
+            told = asyncio.wrap_future(self.feed.members.remote().future())
+            members, booking = await asyncio.wait_for(told, patience_s)
         await self._joined(patience_s)
         # A stopped process hears nothing but the kernel. The ranks first: with them gone, the controller ends by itself.
         for whose in (True, False):
@@ -128,6 +130,8 @@ class TrainerCrew:
                     if (member.name != CONTROLLER) is whose:
                         await asyncio.to_thread(end_process, member)
                 await self._joined(patience_s)
+        if booking is not None and self.failure is not None:  # a controller that was killed has given nothing back
+            remove_placement_group(booking)
         ray.kill(self.feed)
 
     async def _joined(self, timeout_s: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from raydistill.config import TrainerSection
 from raydistill.errors import RunError
+from raydistill.imports import without
 from raydistill.quant.student import adapter_state
 from raydistill.tensors import CompletionModel, SequenceBatch
 from raydistill.trainer.schedule import learning_rate_factor
@@ -38,7 +39,8 @@ class DeepSpeedEngine:
         use_gpu = section.num_gpus > 0
         if not use_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
+        with without("mlflow"):  # for DeepSpeed's autotuner
+            import deepspeed
 
         if not use_gpu:
             # The shared-memory op would compile for 50 s on first use; gloo does not need it.

@@ -25,6 +25,7 @@ class Feed:
         self._num_ranks = num_ranks
         self._changed = asyncio.Condition()
         self._members: list[Any] = []
+        self._booking: Any = None
         self._closed: str | None = None
         self._begin(-1, None, KEEP_VERSIONS)
 
@@ -42,9 +43,13 @@ class Feed:
         """Rank, and Ray Train's controller: which process it is."""
         self._members.append(member)
 
-    async def members(self) -> list[Any]:
-        """Driver: the processes of all who have joined."""
-        return self._members
+    async def book(self, placement_group: Any) -> None:
+        """Ray Train's controller: what the ranks run in. It outlives a controller that is killed."""
+        self._booking = placement_group
+
+    async def members(self) -> tuple[list[Any], Any]:
+        """Driver: the processes of all who have joined, and their placement group (None: not yet known)."""
+        return self._members, self._booking
 
     async def assign(self, number: int, job: Any, keep_versions: int = KEEP_VERSIONS) -> None:
         """Driver: the next job; everything of the one before is forgotten."""

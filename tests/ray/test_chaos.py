@@ -11,6 +11,7 @@ import psutil
 import pytest
 from chaos_cluster import Nodes
 from chaos_kills import Hit, Kill, Striker
+from ray.util.placement_group import placement_group_table
 from run_helpers import HF, sweep_file, trial_config
 from tiny_runs import compare
 
@@ -39,6 +40,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def booked_now() -> set[str]:
+    """The ids of placement groups that hold resources."""
+    return {group for group, state in placement_group_table().items() if state["state"] != "REMOVED"}
+
+
 @pytest.fixture
 def nodes(ray_cluster: Any) -> Iterator[Nodes]:
     """Two nodes beside the session's own, one of which can be lost."""
@@ -53,7 +59,7 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
     config = trial_config(make_config, tmp_path, **SETTINGS)
     sweep = load_sweep(sweep_file(tmp_path / "twice.toml", config, '"trainer.timeout_s" = [240.0, 241.0]'))
     calm, disturbed = (tmp_path / "runs" / f"twice-{number:03d}" for number in range(2))
-    hits: list[Hit | None] = []
+    booked, hits = booked_now(), list[Hit | None]()
     is_over = threading.Event()
     striker = Striker(disturbed, nodes, lambda: not is_over.is_set())
     thread = threading.Thread(target=lambda: hits.extend(map(striker.strike, KILLS)), daemon=True)
@@ -65,6 +71,7 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
         thread.join(30)
     assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
+    assert booked_now() <= booked, "a killed controller's ranks still hold what they had booked"
     assert [trial["status"] for trial in read_state(sweep.folder)["trials"]] == ["finished"] * 2
     assert result.num_finished == 2
     assert compare(disturbed, calm, STEPS, 8) == {"ledger": "complete", "losses": "equal", "weights": "equal"}

@@ -11,7 +11,6 @@ import pytest
 from run_helpers import sweep_file, trial_config, wait_for_step
 
 from raydistill.cli import EXIT_INTERRUPTED
-from raydistill.recovery.checkpoint import newest_checkpoint, version_of
 from raydistill.results.record import read_record
 from raydistill.sweep.state import read_state
 
@@ -21,10 +20,10 @@ ROOT = Path(__file__).parents[2]
 STEPS = 40  # so many that a signal is heard before they are over
 
 
-def test_a_killed_sweep_goes_on_in_the_running_trial_and_stops_when_told(make_config: Any, tmp_path: Path) -> None:
-    """Two lives of one command. The first is killed in the second trial, and its disk is lost; the second goes on from
+def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(make_config: Any, tmp_path: Path) -> None:
+    """Three lives of one command. The first is killed in the second trial, and its disk is lost; the second goes on from
     `run.storage`, and is stopped in the same trial, after the folder that it was started in has gone (as that of a Ray job
-    may)."""
+    may); the third ends it."""
     config = trial_config(
         make_config,
         tmp_path / "out",
@@ -42,8 +41,8 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_and_stops_when_told(make_co
     file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3]')
     command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
-    runs, codes = tmp_path / "out" / "runs", []
-    for life, (step, number) in enumerate(((4, signal.SIGKILL), (10, signal.SIGTERM))):
+    runs, codes, stood = tmp_path / "out" / "runs", [], []
+    for life, (step, number) in enumerate(((4, signal.SIGKILL), (10, signal.SIGTERM), (STEPS - 1, None))):
         started_in, path = tmp_path / f"job-{life}", tmp_path / f"log-{life}"
         started_in.mkdir()
         with path.open("w") as log:
@@ -56,24 +55,23 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_and_stops_when_told(make_co
             pytest.fail(f"{error}\n{path.read_text()[-5000:]}")
         finally:
             started_in.rmdir()
-            sweep.send_signal(number)
+            if number:
+                sweep.send_signal(number)
             codes.append(sweep.wait(120))
         if number == signal.SIGKILL:  # whatever still writes there writes to what is gone
             (tmp_path / "out").rename(tmp_path / "gone")
-    text = (tmp_path / "log-1").read_text()
-    assert codes == [-signal.SIGKILL, EXIT_INTERRUPTED], text[-3000:]
-    assert "stopped with 1 of 2 trials to go; the same command goes on from there" in text
-    assert "the results store is behind" not in text
+        else:
+            state = read_state(tmp_path / "out" / "sweeps" / "lr")
+            stood.append([trial["status"] for trial in state["trials"]])
+    told = [(tmp_path / f"log-{life}").read_text() for life in (1, 2)]
+    assert codes == [-signal.SIGKILL, EXIT_INTERRUPTED, 0], "\n".join(text[-3000:] for text in told)
+    assert "stopped with 1 of 2 trials to go; the same command goes on from there" in told[0]
+    assert not any("the results store is behind" in text for text in told)
+    assert stood == [["finished", "pending"], ["finished", "finished"]]
     kinds = {name: [line["kind"] for line in read_record(runs / name)] for name in ("lr-000", "lr-001")}
     assert [kinds["lr-000"].count(kind) for kind in ("start", "step", "resume")] == [1, STEPS, 0], "it was run again"
-    assert [kinds["lr-001"].count(kind) for kind in ("start", "resume")] == [1, 1]
-    resumed = next(line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "resume")
-    steps = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "step"]
-    assert resumed > 0, "it began anew"
-    assert steps == list(range(len(steps)))
-    newest, _ = newest_checkpoint(runs / "lr-001" / "checkpoints")
-    assert newest is not None
-    assert version_of(newest) == len(steps), "it stopped behind its newest checkpoint"
-    state = read_state(tmp_path / "out" / "sweeps" / "lr")
-    assert [trial["status"] for trial in state["trials"]] == ["finished", "pending"]
-    assert len(state["shares"]) == 2, "what the first life shared is not forgotten"
+    assert [kinds["lr-001"].count(kind) for kind in ("start", "step", "resume")] == [1, STEPS, 2]
+    resumed = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "resume"]
+    assert 0 < resumed[0] < resumed[1], "it began anew"
+    assert [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "step"] == list(range(STEPS))
+    assert len(read_state(tmp_path / "out" / "sweeps" / "lr")["shares"]) == 3, "what earlier lives shared is forgotten"

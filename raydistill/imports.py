@@ -1,0 +1,27 @@
+"""Importing big libraries without the optional packages that they load on the way and that we never use through them.
+
+Most of the time to replace a lost process goes into imports: docs/measurements.md, "The code".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """What is imported inside sees these packages as not installed; afterwards they can be imported as ever.
+
+    A package that is loaded already stays as it is. Only for packages that the imported library treats as optional.
+    """
+    hidden = [name for name in packages if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # the import system's own sign for "is not there"
+    try:
+        yield
+    finally:
+        for name in hidden:
+            if sys.modules.get(name, name) is None:
+                del sys.modules[name]
