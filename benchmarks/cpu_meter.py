@@ -1,4 +1,4 @@
-"""CPU-seconds of a command and everything that it starts, Ray's daemons included, over time."""
+"""CPU-seconds of a command and everything that it starts, Ray's daemons included, over time and by role."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import threading
 import time
 import uuid
 from bisect import bisect_right
+from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
 MARK = "RAYDISTILL_CPU_METER"
 PERIOD_S = 0.2
+ROLES = {
+    b"ray::RolloutActor": "rollout",
+    b"ray::TeacherActor": "teacher",
+    b"ray::RayTrainWorker": "ranks",
+    b"ray::EvaluatorActor": "evaluation",
+}
+"""How the title of a process begins -> its role; everything else is "rest"."""
 
 
 class CpuMeter:
@@ -30,7 +39,8 @@ class CpuMeter:
         self._seconds: dict[tuple[int, float], float] = {}  # by process, the newest sight
         self._is_ours: dict[tuple[int, float], bool] = {}
         self._times: list[float] = []
-        self._totals: list[float] = []
+        self._now: Counter[str] = Counter()  # seconds by role
+        self._seen: list[Counter[str]] = []  # the same, at each of the times
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -44,19 +54,21 @@ class CpuMeter:
 
     def total(self) -> float:
         """CPU-seconds so far."""
-        return self._totals[-1] if self._totals else 0.0
+        return self._now.total()
 
-    def between(self, start_s: float, end_s: float) -> float:
-        """CPU-seconds within a span of time."""
-        return self._at(end_s) - self._at(start_s)
+    def between(self, start_s: float, end_s: float) -> Counter[str]:
+        """CPU-seconds within a span of time, by role."""
+        start, end = self._at(start_s), self._at(end_s)
+        return Counter({role: end[role] - start[role] for role in end})
 
-    def _at(self, time_s: float) -> float:
-        """The total at a time, in a straight line between the looks before and after it."""
+    def _at(self, time_s: float) -> Counter[str]:
+        """What was used up to a time, in a straight line between the looks before and after it."""
         after = bisect_right(self._times, time_s)
         if after == 0 or after == len(self._times):
-            return self._totals[min(after, len(self._totals) - 1)] if self._totals else 0.0
-        t0, t1, c0, c1 = self._times[after - 1], self._times[after], self._totals[after - 1], self._totals[after]
-        return c0 + (c1 - c0) * (time_s - t0) / (t1 - t0)
+            return self._seen[min(after, len(self._seen) - 1)] if self._seen else Counter()
+        t0, t1, c0, c1 = self._times[after - 1], self._times[after], self._seen[after - 1], self._seen[after]
+        share = (time_s - t0) / (t1 - t0)
+        return Counter({role: c0[role] + (c1[role] - c0[role]) * share for role in c1})
 
     def _watch(self) -> None:
         while not self._over.wait(PERIOD_S):
@@ -72,13 +84,21 @@ class CpuMeter:
                     self._is_ours[key] = self._has_mark(process.pid)
                 if self._is_ours[key]:
                     times = process.cpu_times()
-                    self._seconds[key] = times.user + times.system
+                    used = times.user + times.system
+                    self._now[role_of(process.pid)] += used - self._seconds.get(key, 0.0)
+                    self._seconds[key] = used
         self._times.append(time.time())
-        self._totals.append(sum(self._seconds.values()))
+        self._seen.append(self._now.copy())
 
     def _has_mark(self, pid: int) -> bool:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return f"{MARK}={self.environment[MARK]}".encode() in file.read()
+
+
+def role_of(pid: int) -> str:
+    """A worker process of Ray has its actor's class as its title once it has one."""
+    title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return next((role for start, role in ROLES.items() if title.startswith(start)), "rest")
 
 
 def environment(meter: CpuMeter) -> dict[str, str]:

@@ -3,11 +3,12 @@
     python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm]
         [--parallel 1] [--output outputs/sharing]
 
-On the embedded world, the same seeds; only the learning rate differs between trials. The separate runs follow one another; the
-sweep has --parallel trials at a time. CPU-seconds are those of all processes, Ray's own included. "work" is the time between
-the moment a run's engines, teachers and ranks are armed and its last step or evaluation (of several at a time, when any of
-them is there); "start-up" is everything else: imports, Ray, engines, the end. Prints the CPU-seconds of both sides, the rows
-that the teachers computed, and the largest difference between the results of a trial and of its separate run.
+On the embedded world, the same seeds; only the learning rate differs between trials. The separate runs follow one another;
+the sweep has --parallel trials at a time. CPU-seconds are those of all processes, Ray's own included. "work" is the time
+between the moment a run's engines, teachers and ranks are armed and its last step or evaluation (of several at a time, when
+any of them is there), also by role; "start-up" is everything else: imports, Ray, engines, the end. Prints the CPU-seconds of
+both sides, the rows that the teachers computed, and the largest difference between the results of a trial and of its separate
+run.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpu_meter import CpuMeter, environment
+from cpu_meter import ROLES, CpuMeter, environment
 from tiny_runs import command, lines_of
 
 from raydistill.cli import console, main_with_errors, print_table
@@ -137,11 +139,13 @@ def run(line: Sequence[str], meter: CpuMeter, log: Path) -> None:
 
 def facts(meter: CpuMeter, output: Path, trials: int, wall: float, rows: int) -> dict[str, Any]:
     windows = [window(output / "runs" / f"lr-{number:03d}") for number in range(trials)]
-    work = sum(meter.between(*one) for one in merged(windows))
+    by_role = sum((meter.between(*one) for one in merged(windows)), Counter[str]())
+    work = by_role.total()
     return {
-        "work CPU-s": round(work, 1),
-        "start-up CPU-s": round(meter.total() - work, 1),
         "all CPU-s": round(meter.total(), 1),
+        "start-up CPU-s": round(meter.total() - work, 1),
+        "work CPU-s": round(work, 1),
+        **{f"of these, {role} CPU-s": round(by_role[role], 1) for role in (*ROLES.values(), "rest")},
         "wall s": round(wall, 1),
         "teacher rows": rows,
     }
