@@ -1,6 +1,7 @@
 """Importing big libraries without the optional packages that they load on the way and that we never use through them.
 
-Most of the time to replace a lost process goes into imports: docs/measurements.md, "The code".
+Most of the time that it takes to start a process, or to replace a lost one, goes into imports (docs/measurements.md, "The
+code").
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat, format_from_dict
 from raydistill.quant.grid import QuantizedWeight, dequantize
 from raydistill.quant.hashing import hash_codes, hash_tensors
+from raydistill.quant.lora import LoraConfig
 from raydistill.quant.packing import PackedWeight, unpack
 from raydistill.quant.prepare import ADAPTER, LoraSettings, inject_lora
 

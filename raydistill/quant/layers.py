@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
 from raydistill.quant.grid import dequantize, quantize, straight_through
+from raydistill.quant.lora import lora
 from raydistill.quant.rebuild import merged_weight
 
 

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from raydistill.errors import QuantError
 from raydistill.quant.formats import WeightFormat
 from raydistill.quant.grid import check_group_size, dequantize
 from raydistill.quant.layers import FakeQuantLinear, MergedLinear
+from raydistill.quant.lora import LoraConfig, inject_adapter_in_model
 from raydistill.quant.packing import PackedWeight, pack
 from raydistill.quant.rebuild import Mode, rebuild_codes
 

@@ -42,7 +42,7 @@ MAY_IMPORT_ONLY = {
         "raydistill.results",
         "raydistill.cli",
     ),
-    "raydistill.quant": ("raydistill.errors",),
+    "raydistill.quant": ("raydistill.errors", "raydistill.imports"),
     "raydistill.preflight.estimates": (),  # functions of numbers
 }
 

@@ -37,7 +37,8 @@ def test_what_is_loaded_stays_and_an_error_inside_leaves_nothing_hidden(unused: 
 def test_a_process_that_loads_models_does_without_them() -> None:
     code = (
         "import sys, raydistill.models, raydistill.quant.student; from transformers import AutoModelForCausalLM;"
-        "print('sklearn' in sys.modules); import sklearn.metrics; print('sklearn' in sys.modules)"
+        "print(*(name in sys.modules for name in ('sklearn', 'bitsandbytes')));"
+        "import sklearn.metrics; print('sklearn' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["False", "True"]
+    assert told.split() == ["False", "False", "True"]
