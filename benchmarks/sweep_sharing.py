@@ -1,14 +1,15 @@
 """What the trials of a sweep share: the same runs once one by one, each a command of its own, and once as one sweep.
 
     python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm]
-        [--parallel 1] [--output outputs/sharing]
+        [--parallel 1] [--teacher-layers 12] [--output outputs/sharing]
 
 On the embedded world, the same seeds; only the learning rate differs between trials. The separate runs follow one another;
 the sweep has --parallel trials at a time. CPU-seconds are those of all processes, Ray's own included. "work" is the time
 between the moment a run's engines, teachers and ranks are armed and its last step or evaluation (of several at a time, when
 any of them is there), also by role; "start-up" is everything else: imports, Ray, engines, the end. Prints the CPU-seconds of
 both sides, the rows that the teachers computed, and the largest difference between the results of a trial and of its separate
-run.
+run. The student is as large as its teacher, of 3 layers; --teacher-layers makes a deeper teacher, trained for a tenth of the
+steps.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from raydistill.cli import console, main_with_errors, print_table
 
 LOWEST, HIGHEST = 5e-4, 1.6e-2  # learning rates
 RUN_S = 3600.0
+DEEPER_STEPS = 100  # of the deeper teacher's training
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     output = options.output.absolute()
     for side in ("separate", "sweep"):
         shutil.rmtree(output / side, ignore_errors=True)
-    make_world(output)
+    make_worlds(options, output)
     rates = [LOWEST * (HIGHEST / LOWEST) ** (i / max(1, options.trials - 1)) for i in range(options.trials)]
     rates = [float(f"{rate:.6g}") for rate in rates]
     sides = {"separate": separate_runs(options, output, rates), "sweep": one_sweep(options, output, rates)}
@@ -67,6 +69,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--staleness", type=int, default=0, help="sync.max_staleness (default: %(default)s)")
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="what samples (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=1, help="trials at a time in the sweep (default: %(default)s)")
+    parser.add_argument(
+        "--teacher-layers", type=int, metavar="N", help="of a deeper teacher (default: the student's own)"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/sharing"), help="folder of world, runs and tables")
     parser.add_argument("--json", action="store_true", help="print the tables as JSON")
     return parser.parse_args(list(argv))
@@ -75,7 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def settings(options: argparse.Namespace, output: Path) -> dict[str, object]:
     """Of every trial on both sides."""
     policy = 0.0 if options.policy == "off" else 1.0
-    return {
+    deeper = {"teacher.model": deeper_world(options) / "teacher"} if options.teacher_layers else {}
+    return deeper | {
         "run.output": output,
         "world.folder": options.output.absolute() / "world",
         "data.max_rows": options.rows,
@@ -89,13 +95,26 @@ def settings(options: argparse.Namespace, output: Path) -> dict[str, object]:
     }
 
 
-def make_world(output: Path) -> None:
+def deeper_world(options: argparse.Namespace) -> Path:
+    return Path(options.output.absolute() / f"world-{options.teacher_layers}")
+
+
+def make_worlds(options: argparse.Namespace, output: Path) -> None:
     """Beforehand, and outside of both sides."""
     from raydistill.config.load import load_config
     from raydistill.worlds import build_world
 
-    arguments = ["@configs/demo.toml", f"--world.folder={output / 'world'}", f"--run.output={output}"]
-    build_world(load_config(arguments).config, console)
+    def build(folder: Path, *recipe: str) -> None:
+        arguments = ["@configs/demo.toml", f"--world.folder={folder}", f"--run.output={output}", *recipe]
+        build_world(load_config(arguments).config, console)
+
+    build(output / "world")
+    if options.teacher_layers:
+        build(
+            deeper_world(options),
+            f"--world.recipe.num_layers={options.teacher_layers}",
+            f"--world.recipe.num_steps={DEEPER_STEPS}",
+        )
 
 
 def separate_runs(options: argparse.Namespace, output: Path, rates: Sequence[float]) -> dict[str, Any]:
