@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -112,3 +113,11 @@ def ray_process(title: str) -> int:
     found = ray_processes(title, ray.get_runtime_context().gcs_address)
     assert found, f"no process {title}"
     return found[-1]
+
+
+def rank_of(run: Path) -> int:
+    """The id of a trainer rank that works on a run: it holds the run's ledger open; ranks of idle crews do not."""
+    ranks = ray_processes("ray::RayTrainWorker", ray.get_runtime_context().gcs_address)
+    found = [pid for pid in ranks if any(Path(f.path).is_relative_to(run) for f in psutil.Process(pid).open_files())]
+    assert found, f"no rank at work on {run}"
+    return found[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, ray_process, serial_config
+from run_helpers import QUIET, check_bitwise_equal, kill_after_step, lines, rank_of, serial_config
 
 from raydistill.config import Config
 from raydistill.errors import RunStopped
@@ -70,9 +70,7 @@ def test_llama_loses_a_rank_and_ends_as_if_nothing_had_happened(
 ) -> None:
     calm, config = run(config_of("llama", "calm"), pools, QUIET), config_of("llama", "killed")
     folder = config.run.output / "runs" / config.run.name
-    killer = threading.Thread(
-        target=kill_after_step, args=(folder, 1, lambda: ray_process("ray::RayTrainWorker")), daemon=True
-    )
+    killer = threading.Thread(target=kill_after_step, args=(folder, 1, lambda: rank_of(folder)), daemon=True)
     killer.start()
     killed = run(config, pools, QUIET)
     assert not killer.is_alive()

@@ -5,12 +5,22 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import HF, QUIET, check_bitwise_equal, kill_after_step, lines, losses, ray_process, serial_config
+from run_helpers import (
+    HF,
+    QUIET,
+    check_bitwise_equal,
+    kill_after_step,
+    lines,
+    losses,
+    rank_of,
+    ray_process,
+    serial_config,
+)
 
 from raydistill.config import Config
 from raydistill.errors import RunError, RunStopped
@@ -33,11 +43,9 @@ def undisturbed(pools: Pools, make_config: Any) -> RunSummary:
     return run(config_of(make_config, "undisturbed"), pools, QUIET)
 
 
-def after_step(folder: Path, step: int, title: str, number: int = signal.SIGKILL) -> threading.Thread:
-    """Send a signal to a Ray process of this session once a step is recorded."""
-    thread = threading.Thread(
-        target=kill_after_step, args=(folder, step, lambda: ray_process(title), number), daemon=True
-    )
+def after_step(folder: Path, step: int, pid: Callable[[], int]) -> threading.Thread:
+    """`kill -9` once a step is recorded."""
+    thread = threading.Thread(target=kill_after_step, args=(folder, step, pid), daemon=True)
     thread.start()
     return thread
 
@@ -61,7 +69,7 @@ def test_an_undisturbed_ledger_is_complete(undisturbed: RunSummary) -> None:
 def test_a_lost_feed_costs_time_only(pools: Pools, make_config: Any, undisturbed: RunSummary) -> None:
     """A lost rank: below, and in test_architectures.py."""
     config = config_of(make_config, "lost")
-    killer = after_step(config.run.output / "runs" / "lost", 3, "ray::Feed")
+    killer = after_step(config.run.output / "runs" / "lost", 3, lambda: ray_process("ray::Feed"))
     summary = run(config, pools, QUIET)
     assert not killer.is_alive()
     warnings = [line["text"] for line in lines(summary, "warning")]
@@ -75,7 +83,8 @@ def test_with_staleness_what_was_trained_on_is_trained_on_again(pools: Pools, ma
     settings |= {"trainer": {"num_steps": 12}, "checkpoint": {"save_every": 4}, "evaluation": {"eval_every": 100}}
     expected = run(make_config(run={"name": "stale"}, **settings), pools, QUIET)
     config = make_config(run={"name": "stale-lost"}, **settings)
-    killer = after_step(config.run.output / "runs" / "stale-lost", 4, "ray::RayTrainWorker")
+    folder = config.run.output / "runs" / "stale-lost"
+    killer = after_step(folder, 4, lambda: rank_of(folder))
     summary = run(config, pools, QUIET)
     assert not killer.is_alive()
     assert losses(summary)[:5] == losses(expected)[:5]
