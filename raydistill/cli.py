@@ -30,7 +30,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPE_WIDTH = 200  # columns of a table that no terminal limits: wide enough that no cell wraps
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 """Progress and remarks of every command."""
 
 CONFIG_ARGUMENTS = """\
@@ -157,7 +157,7 @@ def print_table(
         table.add_column(Text(column), justify="right" if is_number else "left", no_wrap=is_number)
     for row in rows:
         table.add_row(*(Text(_cell(row.get(column))) for column in columns))
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = PIPE_WIDTH
     out.print(table)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from raydistill.messages import EvalReport, LoadReport, Span, StepOutcome
+from raydistill.progress import say
 from raydistill.ray_metrics import RayMetrics
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.recovery.run_storage import RunStorage
@@ -36,13 +37,13 @@ class DriverRecords:
         self._record, self._console, self._keeper, self._metrics = record, console, keeper, metrics
         self._on_evaluation = on_evaluation
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self._task = self._progress.add_task(title, total=num_steps, completed=first_step, note="")
@@ -92,7 +93,7 @@ class DriverRecords:
         numbers = ", ".join(
             f"{k.removeprefix('evaluate/')} {v:.4g}" for k, v in report.metrics.items() if not k.endswith("_se")
         )
-        self._console.print(f"  version {report.version}: {numbers}", style="dim")
+        say(self._console, f"  version {report.version}: {numbers}", style="dim")
         if self._on_evaluation is not None:
             self._on_evaluation(report)
 
@@ -102,4 +103,4 @@ class DriverRecords:
 
     def warning(self, text: str) -> None:
         self._record.warning(text)
-        self._console.print(f"warning: {text}", style="yellow")
+        say(self._console, f"warning: {text}", style="yellow")

@@ -14,6 +14,7 @@ from raydistill.errors import DataError
 from raydistill.losses.divergence import check_divergence
 from raydistill.messages import TokenRows
 from raydistill.preflight.checks import ModelFacts, check_models
+from raydistill.progress import say
 from raydistill.worlds import resolve_world
 
 if TYPE_CHECKING:
@@ -106,5 +107,5 @@ def load_inputs(config: Config, console: Console, datasets: dict[str, Dataset] |
     data = datasets[key]
     inputs = RunInputs(config=config, facts=facts, data=data)
     inputs.check_lengths()
-    console.print(data.summary(), style="dim")
+    say(console, data.summary(), style="dim")
     return inputs

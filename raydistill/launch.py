@@ -20,6 +20,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import LostError, ResourceError, RunError, UserError
+from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import Pools
 from raydistill.signals import stop_on_signals
@@ -248,7 +249,7 @@ class Launch:
             return summary
 
     def _say(self, text: str) -> None:
-        self._console.print(text, style="yellow", soft_wrap=True)
+        say(self._console, text, style="yellow")
 
     def _examine(self, inputs: RunInputs) -> list[dict[str, Any]]:
         """What `raydistill doctor` would say of these inputs: problems end the run, warnings are shown."""
@@ -260,7 +261,7 @@ class Launch:
             raise ResourceError("\n".join(problems))
         for finding in found:
             if finding.status == "warning":
-                self._console.print(f"warning: {finding.text}", style="yellow")
+                say(self._console, f"warning: {finding.text}", style="yellow")
         return [asdict(finding) for finding in found]
 
     async def _train(self, record: RunRecord, point: ResumePoint) -> RunSummary:
@@ -305,7 +306,7 @@ class Launch:
                         raise RunError(f"{error}; it failed {failures} times without getting further") from error
                     text = f"{error}; going on from the last checkpoint"
                     record.warning(text)
-                    self._console.print(f"warning: {text}", style="yellow")
+                    say(self._console, f"warning: {text}", style="yellow")
         finally:
             await self._pools.end(self._folder.name)
             if self._own_pools:
@@ -315,14 +316,14 @@ class Launch:
         """Bring the record to where the checkpoint stands."""
         for complaint in point.complaints:
             record.warning(complaint)
-            self._console.print(f"warning: {complaint}", style="yellow")
+            say(self._console, f"warning: {complaint}", style="yellow")
         if record.last_step is not None and record.last_step >= point.version:
             record.cut_back(point.version)
         for step, metrics in point.steps.items():
             if step > (record.last_step if record.last_step is not None else -1):
                 record.step(step, metrics)  # trained and in the checkpoint, but the driver died before it wrote it down
         if point.version > 0:
-            self._console.print(f"{self._folder.name} goes on at step {point.version}", style="bold")
+            say(self._console, f"{self._folder.name} goes on at step {point.version}", style="bold")
 
     async def stop(self) -> None:
         """Let the ranks checkpoint and leave; `run` then raises RunStopped."""
@@ -361,7 +362,7 @@ class Launch:
         record.artifact("spans", plot_spans(spans, plots / "spans.png"))
         line, times = bottleneck(spans), stage_times(spans)
         rate = await attempt.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None
-        self._console.print(line, style="dim")
+        say(self._console, line, style="dim")
         self._seconds["export"] = time.time() - start
         metrics = evaluations_of(self._folder).get(version, {})
         summary = RunSummary(

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 
 from rich.console import Console
 
+from raydistill.progress import say
+
 STOP_WITHIN_S = 25.0  # Kubernetes, for one, kills 30 s after SIGTERM
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,7 +26,7 @@ def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console) -> It
     requests: set[asyncio.Task[None]] = set()
 
     async def request(name: str) -> None:
-        console.print(f"{name}: writing a checkpoint, then stopping (again: stop at once)", style="yellow")
+        say(console, f"{name}: writing a checkpoint, then stopping (again: stop at once)", style="yellow")
         with suppress(Exception):  # if the trainer cannot be asked, the deadline below ends the run
             await stop()
         await asyncio.sleep(STOP_WITHIN_S)

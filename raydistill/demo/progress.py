@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from raydistill.progress import say
+
 StepProgress = Callable[[int, float], None]  # (steps done, loss of the last one)
 
 
 def announce(console: Console | None, line: str) -> None:
     if console is not None:
-        console.print(line, highlight=False)
+        say(console, line)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
 
 def print_comparison(rows: Sequence[SummaryRow]) -> None:
     """The table on stdout; where a terminal is too narrow for it, with a line for each measure."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = PIPE_WIDTH
     table = comparison_table(rows)
@@ -217,7 +217,7 @@ def _folder(model: str) -> Path:
 
 
 def _remark(text: str, style: str = "dim") -> None:
-    console.print(text, style=style, markup=False, soft_wrap=True)
+    console.print(text, style=style, soft_wrap=True)
 
 
 @contextmanager
@@ -237,7 +237,7 @@ def _lines() -> Progress:
     def say(what: str, done: int, total: int) -> None:
         nonlocal last
         if what != last:
-            console.print(what, style="dim", markup=False, soft_wrap=True)
+            console.print(what, style="dim", soft_wrap=True)
         last = what
 
     return say

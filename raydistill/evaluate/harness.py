@@ -91,7 +91,6 @@ class HarnessTasks:
             console.print(
                 f"{harness.num_cut} prompts of {self.what} were cut at their beginning to {self._max_length} tokens",
                 style="yellow",
-                markup=False,
                 soft_wrap=True,
             )
         rows = dict(self._rows(results["samples"]))

@@ -173,9 +173,7 @@ def calibration_of(plan: Plan) -> Calibration:
         source=str(plan.data),
     )
     if counts.kept < min(plan.rows, counts.total):
-        console.print(
-            f"of {counts.total:,} rows drawn {counts.summary()}", style="yellow", markup=False, soft_wrap=True
-        )
+        console.print(f"of {counts.total:,} rows drawn {counts.summary()}", style="yellow", soft_wrap=True)
     return draw_calibration(examples, plan.rows, plan.seed, num_available=len(every))
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from raydistill.errors import RunError, StorageError
 from raydistill.messages import Exported
+from raydistill.progress import say
 from raydistill.recovery.bring import bring_folder, bring_ledgers
 from raydistill.recovery.checkpoint import CHECKPOINTS, PREFIX, checkpoint_folder, damage, version_of
 from raydistill.recovery.mirror import Mirror
@@ -141,7 +142,7 @@ async def settled(storage: RunStorage | None, console: Console) -> AsyncIterator
     except BaseException:
         left = await asyncio.to_thread(storage.settle, STOP_S, storage.newest_here())
         if left:
-            console.print(f"warning: {storage.what_is_left(left)}", style="yellow", soft_wrap=True)
+            say(console, f"warning: {storage.what_is_left(left)}", style="yellow")
         raise
     left = await asyncio.to_thread(storage.settle, FINISH_S, expected)
     if left:

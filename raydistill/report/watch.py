@@ -77,7 +77,7 @@ def _follow(folder: Path, once: bool, every_s: float) -> None:
     from raydistill.report.watch_frame import frame
 
     follower, state = RecordFollower(folder), WatchState()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
     def look() -> None:
         nonlocal state

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import RunStopped
+from raydistill.progress import say
 from raydistill.results.deliver import retry_command, start_delivery
 from raydistill.results.provenance import collect
 from raydistill.results.record import RunRecord
@@ -65,7 +66,8 @@ def recorded(
     finally:
         record.close()
         if delivery is not None and not delivery.finish():
-            console.print(
+            say(
+                console,
                 f"warning: the results store is behind ({delivery.problem}); deliver later with `{retry_command(folder)}`",
                 style="yellow",
             )

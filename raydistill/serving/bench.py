@@ -93,11 +93,11 @@ def bench_command(argv: Sequence[str]) -> int:
     plan = make_plan(arguments, extra)
     notes = notes_of(plan)
     for note in notes:
-        console.print(note, style="dim", markup=False, soft_wrap=True)
+        console.print(note, style="dim", soft_wrap=True)
     rows = report(plan, run_plan(plan))
     if (warning := unsteady(rows)) is not None:
         notes.append(warning)
-        console.print(warning, style="yellow", markup=False, soft_wrap=True)
+        console.print(warning, style="yellow", soft_wrap=True)
     if arguments.json:
         settings = {
             "prompts": plan.source,

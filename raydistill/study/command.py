@@ -139,12 +139,12 @@ def show(report: Report) -> None:
     """The table and what it means."""
     from raydistill.study.decision import decision_table, missing_lines
 
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = PIPE_WIDTH
     out.print(decision_table(report.lines, report.reference, is_narrow=out.width < WIDE))
     for text in missing_lines(report.lines):
-        out.print(f"not there: {text}", style="dim", markup=False, soft_wrap=True)
+        out.print(f"not there: {text}", style="dim", soft_wrap=True)
     out.print(report.verdict, soft_wrap=True)
     out.print(report.next_steps, soft_wrap=True)
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())

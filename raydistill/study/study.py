@@ -20,6 +20,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import ConfigError
+from raydistill.progress import say
 from raydistill.ptq.baselines import Baseline
 from raydistill.study.arms import ROLES, arm_config, run_config, run_names, shared_config
 from raydistill.study.material import Material, prepare
@@ -65,7 +66,7 @@ class Study:
         with study_lock(self._folder):
             state = self._state = open_study(self._folder, self._config)
             if state.is_resumed:
-                self._console.print(f"going on with the unfinished study {state.name}", style="bold")
+                say(self._console, f"going on with the unfinished study {state.name}", style="bold")
             runs = self._finished_runs()
             wanted = [(arm, name) for arm in self._config.study.arms for name in self._names(arm)]
             # Models and files of the user's are looked at before Ray starts; a world's teacher trains meanwhile.
@@ -79,10 +80,10 @@ class Study:
                 config = self._on_best_grid(material.config, baselines)
                 for number, (arm, name) in enumerate(wanted, 1):
                     if name in runs:
-                        self._console.print(f"{name} has finished before: kept", style="dim")
+                        say(self._console, f"{name} has finished before: kept", style="dim")
                     else:
                         assert pools is not None
-                        self._console.print(f"[bold]{name}[/bold] (run {number} of {len(wanted)})", highlight=False)
+                        say(self._console, f"{name} (run {number} of {len(wanted)})", style="bold")
                         runs[name] = self._distil(arm, name, config, pools)
             finally:
                 if pools is not None and self._given_pools is None:
@@ -158,10 +159,10 @@ class Study:
             )
             calibration = draw_calibration(material.inputs.data.train, study.calibration_rows, config.run.seed)
             if set(missing) - {"rtn"}:
-                self._console.print(calibration.summary(), style="dim")
+                say(self._console, calibration.summary(), style="dim")
         for method in missing:
             grids = NUM_GRIDS * len(study.ptq_formats)
-            self._console.print(f"[bold]{method}[/bold]: {grids} grids", highlight=False)
+            say(self._console, f"{method}: {grids} grids", style="bold")
             with self._stage(method), bar(self._console) as progress:
                 task = progress.add_task(method, total=grids)
                 found = find_baselines(
@@ -175,7 +176,7 @@ class Study:
             self._state.add(method, found)
         found = [one for method in study.ptq_methods for one in self._state.baselines[method]]
         for one in found:
-            self._console.print(_chosen(one), style="dim", soft_wrap=True)
+            say(self._console, _chosen(one), style="dim")
         return found
 
     def _on_best_grid(self, config: Config, baselines: list[Baseline]) -> Config:

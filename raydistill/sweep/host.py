@@ -71,7 +71,7 @@ class SweepHost:
         logs = self._sweep.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{name}.log").open("a") as log:
-            console = Console(file=log, width=CONSOLE_WIDTH, highlight=False)
+            console = Console(file=log, width=CONSOLE_WIDTH, highlight=False, markup=False)
             within = Within(datasets=self._datasets, parent=self._record_id)
             pools = self._pools.lease(name, config)
             launch = Launch(config, pools, console, within=within, on_evaluation=tell)

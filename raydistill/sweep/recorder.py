@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune import Callback
 from rich.console import Console
 
+from raydistill.progress import say
 from raydistill.report.sweep_page import write_sweep_page
 from raydistill.results.record_lines import read_record
 from raydistill.sweep.spec import Sweep
@@ -27,7 +28,7 @@ class SweepRecorder(Callback):
     def _open(self) -> None:
         self.state = SweepState.of(self._sweep)
         self._mirror = mirror_of(self._sweep)
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True)
 
     def __getstate__(self) -> Any:
         return self._sweep
@@ -38,7 +39,7 @@ class SweepRecorder(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         one = self._change(self._run(trial), values=point_of(trial.config), status="running", error=None)
-        self._console.print(f"{one.run} starts: {described(one)}", style="dim")
+        say(self._console, f"{one.run} starts: {described(one)}", style="dim")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         metrics = {name: value for name, value in result.items() if name.startswith("evaluate/")}
@@ -54,8 +55,9 @@ class SweepRecorder(Callback):
             one = self._change(self._run(trial), status="finished", seconds=summary["seconds"])
         value = one.metrics.get(self._sweep.file.metric)
         shown = "no value" if value is None else f"{value:.4g}"
-        self._console.print(
-            f"{one.run} {one.status}: {self._sweep.file.metric} {shown}; {described(one)}; {self._left()}"
+        say(
+            self._console,
+            f"{one.run} {one.status}: {self._sweep.file.metric} {shown}; {described(one)}; {self._left()}",
         )
         self._draw()
 
@@ -63,7 +65,7 @@ class SweepRecorder(Callback):
         run = self._run(trial)
         folder = self._sweep.base.run.output / "runs" / run
         one = self._change(run, status="failed", error=reason_of(folder, trial))
-        self._console.print(f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
+        say(self._console, f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
         self._draw()
 
     def _change(self, run: str, **facts: Any) -> Trial:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from raydistill.errors import RunError
+from raydistill.progress import say
 from raydistill.recovery.bring import bring_record, set_aside
 from raydistill.recovery.mirror import Mirror
 from raydistill.recovery.resume import run_storage
@@ -81,7 +82,7 @@ def mirrored(sweep: Sweep, console: Console) -> Iterator[None]:
             if left and is_over:
                 raise RunError(text)
             if left:
-                console.print(f"warning: {text}", style="yellow", soft_wrap=True)
+                say(console, f"warning: {text}", style="yellow")
 
 
 def _run_storage(sweep: Sweep, folder: Path) -> Storage:

@@ -41,6 +41,7 @@ MAY_IMPORT_ONLY = {
         "raydistill.quant.hashing",
         "raydistill.results",
         "raydistill.cli",
+        "raydistill.progress",
     ),
     "raydistill.quant": ("raydistill.errors", "raydistill.imports"),
     "raydistill.preflight.estimates": (),  # functions of numbers
