@@ -16,6 +16,8 @@ CPU_ENGINE_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_TARGET_DEVICE": "cpu",
+    # Two small functions of the sampler would be compiled at their first use, by a C++ compiler that may not be there.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 ENGINE_ENVIRONMENT = {
     # In-process engine: one process, one failure domain; a dead engine process would hang a synchronous caller for ever.
