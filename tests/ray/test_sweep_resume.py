@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 STEPS = 40  # so many that a signal is heard before they are over
 
 
-def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(make_config: Any, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
+    ray_cluster: Any, make_config: Any, tmp_path: Path
+) -> None:
     """Three lives of one command. The first is killed in the second trial, and its disk is lost; the second goes on from
     `run.storage`, and is stopped in the same trial, after the folder that it was started in has gone (as that of a Ray job
     may); the third ends it."""
@@ -40,7 +42,8 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(make_co
     )
     file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3]')
     command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+    address = ray_cluster.get_runtime_context().gcs_address
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     runs, codes, stood = tmp_path / "out" / "runs", [], []
     for life, (step, number) in enumerate(((4, signal.SIGKILL), (10, signal.SIGTERM), (STEPS - 1, None))):
         started_in, path = tmp_path / f"job-{life}", tmp_path / f"log-{life}"
