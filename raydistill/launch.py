@@ -251,6 +251,10 @@ class Launch:
     def _say(self, text: str) -> None:
         say(self._console, text, style="yellow")
 
+    def _warn(self, record: RunRecord, text: str) -> None:
+        record.warning(text)
+        self._say(f"warning: {text}")
+
     def _examine(self, inputs: RunInputs) -> list[dict[str, Any]]:
         """What `raydistill doctor` would say of these inputs: problems end the run, warnings are shown."""
         from raydistill.preflight.findings import findings_of
@@ -261,7 +265,7 @@ class Launch:
             raise ResourceError("\n".join(problems))
         for finding in found:
             if finding.status == "warning":
-                say(self._console, f"warning: {finding.text}", style="yellow")
+                self._say(f"warning: {finding.text}")
         return [asdict(finding) for finding in found]
 
     async def _train(self, record: RunRecord, point: ResumePoint) -> RunSummary:
@@ -304,9 +308,7 @@ class Launch:
                     failures = failures + 1 if point.version == got_to else 1
                     if failures >= MAX_FAILURES:
                         raise RunError(f"{error}; it failed {failures} times without getting further") from error
-                    text = f"{error}; going on from the last checkpoint"
-                    record.warning(text)
-                    say(self._console, f"warning: {text}", style="yellow")
+                    self._warn(record, f"{error}; going on from the last checkpoint")
         finally:
             await self._pools.end(self._folder.name)
             if self._own_pools:
@@ -315,8 +317,7 @@ class Launch:
     def _go_on_at(self, point: ResumePoint, record: RunRecord) -> None:
         """Bring the record to where the checkpoint stands."""
         for complaint in point.complaints:
-            record.warning(complaint)
-            say(self._console, f"warning: {complaint}", style="yellow")
+            self._warn(record, complaint)
         if record.last_step is not None and record.last_step >= point.version:
             record.cut_back(point.version)
         for step, metrics in point.steps.items():

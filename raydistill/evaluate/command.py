@@ -25,7 +25,7 @@ from raydistill.evaluate.per_row import write_per_row
 from raydistill.evaluate.plan import Plan, TextRequest, make_plan
 from raydistill.evaluate.rows import encode_held_out, file_section
 from raydistill.evaluate.targets import version_of
-from raydistill.progress import bar
+from raydistill.progress import bar, say
 from raydistill.results.tables import SummaryRow, comparison_json, comparison_table, transposed_table
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _folder(model: str) -> Path:
 
 
 def _remark(text: str, style: str = "dim") -> None:
-    console.print(text, style=style, soft_wrap=True)
+    say(console, text, style)
 
 
 @contextmanager
@@ -234,10 +234,10 @@ def _progress() -> Iterator[Progress]:
 def _lines() -> Progress:
     last = ""
 
-    def say(what: str, done: int, total: int) -> None:
+    def line(what: str, done: int, total: int) -> None:
         nonlocal last
         if what != last:
-            console.print(what, style="dim", soft_wrap=True)
+            _remark(what)
         last = what
 
-    return say
+    return line

@@ -17,7 +17,7 @@ CONTROLLER = "controller"
 TELL_TIMEOUT_S = 60.0
 
 
-class ControllerJoins(ControllerCallback, WorkerGroupCallback):
+class TellsFeed(ControllerCallback, WorkerGroupCallback):
     """Tells the crew's feed about the controller as soon as it starts, and about its ranks' placement group."""
 
     def __init__(self, feed: Any) -> None:

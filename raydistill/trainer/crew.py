@@ -20,13 +20,13 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.config import Config
 from raydistill.preflight.placement import ROLE_SHARE
 from raydistill.processes import Member, end_process
-from raydistill.trainer.controller import CONTROLLER, ControllerJoins
+from raydistill.trainer.controller import CONTROLLER, TellsFeed
 from raydistill.trainer.feed import Feed
 from raydistill.trainer.job import TrainerJob
 from raydistill.trainer.worker import serve
@@ -99,7 +99,7 @@ class TrainerCrew:
                 name=self._name,
                 storage_path=str(storage),
                 worker_runtime_env={"env_vars": worker_environment(self._config)},
-                callbacks=[ControllerJoins(feed)],
+                callbacks=[TellsFeed(feed)],
             ),
         )
         try:
@@ -116,12 +116,11 @@ class TrainerCrew:
         patience_s: how long they may take to end by themselves.
         """
         members: list[Member] = []
-        booking = None
+        booking: PlacementGroup | None = None
         with suppress(RayError, TimeoutError):
-            closing = self.feed.close.remote("the crew is dismissed")
-            await asyncio.wait_for(asyncio.wrap_future(closing.future()), patience_s)
-            told = asyncio.wrap_future(self.feed.members.remote().future())
-            members, booking = await asyncio.wait_for(told, patience_s)
+            await _answer(self.feed.close.remote("the crew is dismissed"), patience_s)
+            members = await _answer(self.feed.members.remote(), patience_s)
+            booking = await _answer(self.feed.booking.remote(), patience_s)
         await self._joined(patience_s)
         # A stopped process hears nothing but the kernel. The ranks first: with them gone, the controller ends by itself.
         for whose in (True, False):
@@ -131,7 +130,7 @@ class TrainerCrew:
                         await asyncio.to_thread(end_process, member)
                 await self._joined(patience_s)
         if booking is not None and self.failure is not None:  # a controller that was killed has given nothing back
-            remove_placement_group(booking)
+            await asyncio.to_thread(remove_placement_group, booking)
         ray.kill(self.feed)
 
     async def _joined(self, timeout_s: float) -> None:
@@ -179,6 +178,10 @@ def worker_environment(config: Config) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""
     }  # fmt: skip
+
+
+async def _answer(reference: Any, timeout_s: float) -> Any:
+    return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
 
 
 def last_line(error: BaseException) -> str:

@@ -47,9 +47,13 @@ class Feed:
         """Ray Train's controller: what the ranks run in. It outlives a controller that is killed."""
         self._booking = placement_group
 
-    async def members(self) -> tuple[list[Any], Any]:
-        """Driver: the processes of all who have joined, and their placement group (None: not yet known)."""
-        return self._members, self._booking
+    async def members(self) -> list[Any]:
+        """Driver: the processes of all who have joined."""
+        return self._members
+
+    async def booking(self) -> Any | None:
+        """Driver: what `book` was told; None if the ranks have not started."""
+        return self._booking
 
     async def assign(self, number: int, job: Any, keep_versions: int = KEEP_VERSIONS) -> None:
         """Driver: the next job; everything of the one before is forgotten."""
