@@ -40,8 +40,8 @@ def evaluate_command(argv: Sequence[str]) -> int:
     switches = parser().parse_args(list(argv))
     plan = make_plan(switches)
     values: dict[str, Mapping[str, RowValues]] = {}
-    with _progress() as say:
-        rows = run_plan(plan, say, values.__setitem__)
+    with _progress() as progress:
+        rows = run_plan(plan, progress, values.__setitem__)
     if switches.json:
         print_table(comparison_json(rows), [field.name for field in fields(SummaryRow)], json=True)
     else:
@@ -86,9 +86,9 @@ def plot_curve(plan: Plan, rows: Sequence[SummaryRow], path: Path | None) -> Pat
         ) from error
 
 
-def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[SummaryRow]:
+def run_plan(plan: Plan, progress: Progress, on_rows: OnRows | None = None) -> list[SummaryRow]:
     """Load and measure."""
-    say("loading", 0, 1)
+    progress("loading", 0, 1)
     if plan.tasks is not None and not plan.tasks.is_local:
         go_offline_if_unreachable()
     teacher = None if plan.teacher is None else _folder(plan.teacher)
@@ -130,7 +130,7 @@ def run_plan(plan: Plan, say: Progress, on_rows: OnRows | None = None) -> list[S
         plan.exact_match if plan.rows is not None else "off",
         plan.max_new_tokens,
         temperature=plan.temperature,
-        progress=say,
+        progress=progress,
         on_rows=on_rows,
         measurements=measurements,
         engine=plan.engine,

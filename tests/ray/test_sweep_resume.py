@@ -11,6 +11,7 @@ import pytest
 from run_helpers import sweep_file, trial_config, wait_for_step
 
 from raydistill.cli import EXIT_INTERRUPTED
+from raydistill.recovery.checkpoint import newest_checkpoint, version_of
 from raydistill.results.record import read_record
 from raydistill.sweep.state import read_state
 
@@ -66,6 +67,12 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
         else:
             state = read_state(tmp_path / "out" / "sweeps" / "lr")
             stood.append([trial["status"] for trial in state["trials"]])
+        if number == signal.SIGTERM:
+            trained = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "step"]
+            newest, _ = newest_checkpoint(runs / "lr-001" / "checkpoints")
+            assert trained == list(range(len(trained)))
+            assert newest is not None
+            assert version_of(newest) == len(trained), "it stopped behind its newest checkpoint"
     told = [(tmp_path / f"log-{life}").read_text() for life in (1, 2)]
     assert codes == [-signal.SIGKILL, EXIT_INTERRUPTED, 0], "\n".join(text[-3000:] for text in told)
     assert "stopped with 1 of 2 trials to go; the same command goes on from there" in told[0]
@@ -75,6 +82,6 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
     assert [kinds["lr-000"].count(kind) for kind in ("start", "step", "resume")] == [1, STEPS, 0], "it was run again"
     assert [kinds["lr-001"].count(kind) for kind in ("start", "step", "resume")] == [1, STEPS, 2]
     resumed = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "resume"]
-    assert 0 < resumed[0] < resumed[1], "it began anew"
+    assert 0 < resumed[0] < resumed[1] == len(trained), "it began anew"
     assert [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "step"] == list(range(STEPS))
     assert len(read_state(tmp_path / "out" / "sweeps" / "lr")["shares"]) == 3, "what earlier lives shared is forgotten"
