@@ -2,6 +2,7 @@
 
     python benchmarks/chaos.py [--kills 20] [--each] [--victims rollout,teacher,...] [--seed 0] [--engine vllm]
         [--signal STOP] [--kills-per-run 8] [--output outputs/chaos] [--json]
+    python benchmarks/chaos.py --of A/chaos.json B/chaos.json ...
 
 A two-node Ray cluster on this machine (a head with the resource `trainer`, a node with `rollout` and `teacher`), a tiny
 model, S = 0 in float32. One undisturbed run comes first; then runs that are disturbed several times, each a process of its own.
@@ -20,7 +21,7 @@ With --signal STOP the victim hangs in place of dying (not driver, raylet and he
 Prints one row for each kill: the step it fell into, seconds until the run's next new step, and for its run whether it ended,
 the ledger is complete, losses and final weights are those of the undisturbed run, bit for bit. A moment that did not come is
 drawn again. Then a summary by victim and one by moment. Exit code 1 if anything but time was lost. All of it is in
-<output>/chaos.json too, after every run.
+<output>/chaos.json too, after every run. --of prints the tables of several such files together, and kills nothing.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class Row:
 def main(argv: Sequence[str]) -> int:
     """Run the matrix."""
     options = parse(argv)
+    if options.of:
+        rows = [Row(**row) for path in options.of for row in json.loads(path.read_text())["kills"]]
+        show(rows, options.json)
+        return 0 if all(row.is_good for row in rows) else 1
     output = options.output.absolute()
     shutil.rmtree(output / "runs", ignore_errors=True)
     source = random.Random(options.seed)
@@ -88,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         )
         console.print("undisturbed run")
         assert job.run(UNDISTURBED).ended, f"the undisturbed run failed; see {output / UNDISTURBED}.log"
-        rows: list[Row] = []
+        rows = []
         while wanted and len(rows) < MAX_DRAWS * number:
             name = f"run-{len(rows)}"
             kills = draw_kills(wanted[: options.kills_per_run], source, getattr(signal, f"SIG{options.signal}"))
@@ -98,12 +103,16 @@ def main(argv: Sequence[str]) -> int:
             rows, wanted = rows + new, wanted[options.kills_per_run :] + missed
             report(name, new, outcome)
             (output / "chaos.json").write_text(json.dumps(tables(rows), indent=1) + "\n")
-    if options.json:
+    show(rows, options.json)
+    return 0 if not wanted and all(row.is_good for row in rows) else 1
+
+
+def show(rows: Sequence[Row], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(tables(rows), indent=1))
     else:
         for title, table in tables(rows).items():
             print_table(table, list(table[0]), title=title)
-    return 0 if not wanted and all(row.is_good for row in rows) else 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -118,6 +127,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL", help="STOP: the victim hangs")
     parser.add_argument("--output", type=Path, default=Path("outputs/chaos"), help="folder for runs and tables")
+    parser.add_argument("--of", type=Path, nargs="+", metavar="FILE", help="print what earlier calls found, together")
     parser.add_argument("--json", action="store_true", help="print the tables as JSON")
     options = parser.parse_args(list(argv))
     options.victims = options.victims.split(",")
