@@ -28,9 +28,18 @@ from raydistill.quiet import quiet_libraries
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-PIPE_WIDTH = 200  # columns of a table that no terminal limits: wide enough that no cell wraps
+PIPE_WIDTH = 200  # columns where no terminal limits them: wide enough that no cell of a table wraps and no bar is cut
 
-console = Console(stderr=True, highlight=False, markup=False)
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Prints text as it is; as wide as its terminal, or `PIPE_WIDTH` for a pipe, a file or a job's log."""
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+console = open_console(stderr=True)
 """Progress and remarks of every command."""
 
 CONFIG_ARGUMENTS = """\
@@ -157,10 +166,7 @@ def print_table(
         table.add_column(Text(column), justify="right" if is_number else "left", no_wrap=is_number)
     for row in rows:
         table.add_row(*(Text(_cell(row.get(column))) for column in columns))
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out.width = PIPE_WIDTH
-    out.print(table)
+    open_console().print(table)
 
 
 def _is_number(value: object) -> bool:

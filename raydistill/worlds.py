@@ -30,17 +30,20 @@ def resolve_world(config: Config, console: Console) -> Config:
 
 def build_world(config: Config, console: Console) -> World:
     """Make the world that the config names, or find it where an earlier run left it."""
-    from raydistill.demo.world import QUESTIONS_RECIPE, STORIES_RECIPE, prepare_question_answers, prepare_stories
+    from raydistill.demo.world import (
+        LANGUAGE_RECIPE,
+        STORIES_RECIPE,
+        prepare_question_answers,
+        prepare_stories,
+        prepare_text,
+    )
 
-    folder = world_folder(config)
+    folder, train, test = world_folder(config), config.world.train_path, config.world.test_path
     if config.world.name == "stories":
         return prepare_stories(folder, _recipe(STORIES_RECIPE, config), console=console)
-    train, test = config.world.train_path, config.world.test_path
-    if train is None or test is None:
-        raise ConfigError(
-            "world.name='question_answers' needs world.train_path and world.test_path: JSONL files of {question, answer} rows"
-        )
-    return prepare_question_answers(folder, train, test, _recipe(QUESTIONS_RECIPE, config), console=console)
+    prepare = prepare_text if config.world.name == "text" else prepare_question_answers
+    assert train is not None and test is not None  # config/checks.py asks for them
+    return prepare(folder, train, test, _recipe(LANGUAGE_RECIPE, config), console=console)
 
 
 def with_world(config: Config, world: World) -> Config:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     )
 
 BETA_EDGE = 1e-3  # closer to 0 or 1 the float32 quotient D/(beta(1-beta)) is off by 5 % and more
+WORLD_FILES = {
+    "question_answers": "a JSONL file of rows {question, answer}",
+    "text": "a text file with a paragraph per line",
+}
 
 
 def check_results_section(results: ResultsSection) -> None:
@@ -158,16 +162,16 @@ def check_trainer(trainer: TrainerSection) -> None:
 
 
 def check_world(world: WorldSection) -> None:
-    if world.name == "question_answers" and (world.train_path is None or world.test_path is None):
+    if world.name in WORLD_FILES and (world.train_path is None or world.test_path is None):
         missing = "world.train_path" if world.train_path is None else "world.test_path"
         raise ValueError(
-            f"world.name='question_answers' needs {missing}: a JSONL file of rows {{question, answer}}; set it or "
+            f"world.name={world.name!r} needs {missing}: {WORLD_FILES[world.name]}; set it or "
             "use world.name='stories', which makes its own rows"
         )
-    if world.name != "question_answers" and (world.train_path is not None or world.test_path is not None):
+    if world.name not in WORLD_FILES and (world.train_path is not None or world.test_path is not None):
         given = "world.train_path" if world.train_path is not None else "world.test_path"
         raise ValueError(
-            f"{given} is set but world.name={world.name!r} reads no files; set world.name to 'question_answers', or "
+            f"{given} is set but world.name={world.name!r} reads no files; set world.name to 'question_answers' or 'text', or "
             "use data.path for the rows of an ordinary run"
         )
     if world.name == "none" and world.recipe:

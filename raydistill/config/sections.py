@@ -347,10 +347,12 @@ class ClusterSection(Section):
 class WorldSection(Section):
     """An embedded world that makes its own data, tokenizer and teacher, and fills in those paths."""
 
-    name: Literal["stories", "question_answers", "none"] = Field("none", description="which embedded world")
+    name: Literal["stories", "question_answers", "text", "none"] = Field(
+        "none", description="which embedded world; text: passages of plain text files and their continuations"
+    )
     folder: Path | None = Field(None, description="where the world is cached; unset: <run.output>/worlds")
-    train_path: Path | None = Field(None, description="question/answer JSONL (question_answers only)")
-    test_path: Path | None = Field(None, description="held-out question/answer JSONL (question_answers only)")
+    train_path: Path | None = Field(None, description="what to learn from: JSONL rows {question, answer}, or text")
+    test_path: Path | None = Field(None, description="the same for the final table, disjoint")
     recipe: dict[str, Scalar] = Field(
         default_factory=dict, description="overrides of the tiny teacher's recipe (hidden_size, num_steps, ...)"
     )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,10 @@ from pathlib import Path
 from filelock import FileLock
 from rich.console import Console
 
+from raydistill.demo.passages import load_passages
 from raydistill.demo.pretrain import TeacherRecipe, TeacherReport, train_language_model
 from raydistill.demo.progress import StepProgress, announce, training_progress
-from raydistill.demo.questions import load_questions, write_question_splits
+from raydistill.demo.questions import QuestionAnswer, load_questions, write_question_splits
 from raydistill.demo.stories import GENERATOR_VERSION, SplitPaths, write_splits
 from raydistill.demo.tokenizer import Message, encode_chats, train_tokenizer
 from raydistill.errors import UserError
@@ -32,8 +33,8 @@ NOTE = "world.json"
 TOKENIZER_ROWS = 4_000  # enough to see every word of the stories; keeps tokenizer training below a second
 
 STORIES_RECIPE = TeacherRecipe()
-# About one pass over GSM8K's training questions: language enough for perplexity and KL, far from solving problems.
-QUESTIONS_RECIPE = TeacherRecipe(
+# Real text, such as GSM8K (about one pass): language enough for perplexity and KL, far from solving problems.
+LANGUAGE_RECIPE = TeacherRecipe(
     hidden_size=128,
     num_layers=4,
     mlp_size=384,
@@ -81,20 +82,46 @@ def prepare_stories(
 
 def prepare_question_answers(
     folder: Path,
-    train_jsonl: Path,
-    test_jsonl: Path,
-    recipe: TeacherRecipe = QUESTIONS_RECIPE,
+    train_path: Path,
+    test_path: Path,
+    recipe: TeacherRecipe = LANGUAGE_RECIPE,
     console: Console | None = None,
     progress: StepProgress | None = None,
 ) -> World:
-    """A world of {question, answer} rows such as GSM8K: a small language model of that text as the teacher."""
-    sources = [Path(train_jsonl), Path(test_jsonl)]
-    train, test = (load_questions(path) for path in sources)
-    data = {"sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}
-    fingerprint = fingerprint_of("questions", recipe, data)
+    """A world of JSONL rows {question, answer} such as GSM8K: a small language model of that text as the teacher."""
+    files = [Path(train_path), Path(test_path)]
+    return _prepare_rows("questions", load_questions, files, folder, recipe, console, progress)
+
+
+def prepare_text(
+    folder: Path,
+    train_path: Path,
+    test_path: Path,
+    recipe: TeacherRecipe = LANGUAGE_RECIPE,
+    console: Console | None = None,
+    progress: StepProgress | None = None,
+) -> World:
+    """A world of plain text such as WikiText-2: a small language model that continues passages as the teacher."""
+    files = [Path(train_path), Path(test_path)]
+    return _prepare_rows("text", load_passages, files, folder, recipe, console, progress)
+
+
+def _prepare_rows(
+    kind: str,
+    load: Callable[[Path], list[QuestionAnswer]],
+    files: Sequence[Path],
+    folder: Path,
+    recipe: TeacherRecipe,
+    console: Console | None,
+    progress: StepProgress | None,
+) -> World:
+    train, test = (load(path) for path in files)
+    fingerprint = fingerprint_of(
+        kind, recipe, {"sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
+    )
 
     def write(inside: Path) -> None:
-        announce(console, f"Writing {len(train):,} questions and answers")
+        announce(console, f"Writing {len(train):,} rows of {kind}")
         write_question_splits(inside, train, test)
 
     return _prepare(folder, recipe, fingerprint, write, console, progress)

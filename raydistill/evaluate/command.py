@@ -12,10 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.measure import Measurement
 
-from raydistill.cli import PIPE_WIDTH, console, print_table
+from raydistill.cli import console, open_console, print_table
 from raydistill.config import DataSection
 from raydistill.errors import DataError, ModelError, RunError
 from raydistill.evaluate.arguments import LONGEST_TASK, parser
@@ -62,9 +61,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
 
 def print_comparison(rows: Sequence[SummaryRow]) -> None:
     """The table on stdout; where a terminal is too narrow for it, with a line for each measure."""
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out.width = PIPE_WIDTH
+    out = open_console()
     table = comparison_table(rows)
     is_too_wide = Measurement.get(out, out.options.update(width=10_000), table).maximum > out.width
     out.print(transposed_table(rows) if is_too_wide else table)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from raydistill.cli import PIPE_WIDTH, command_parser, console, run_arguments
+from raydistill.cli import command_parser, console, open_console, run_arguments
 from raydistill.config import Config
 from raydistill.config.load import load_config
 from raydistill.config.problems import DEFAULT
@@ -77,8 +75,8 @@ def demo_command(argv: Sequence[str]) -> int:
     config = load_config(settings).config
     if config.world.name == "none":
         raise ConfigError(
-            "world.name is not set; a demo runs on an embedded world: 'stories' or 'question_answers' (of your own model and "
-            "rows: `raydistill compare`)"
+            "world.name is not set; a demo runs on an embedded world: 'stories', 'question_answers' or 'text' (of your own "
+            "model and rows: `raydistill compare`)"
         )
     return _study(config, config.run.output, as_json)
 
@@ -139,9 +137,7 @@ def show(report: Report) -> None:
     """The table and what it means."""
     from raydistill.study.decision import decision_table, missing_lines
 
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out.width = PIPE_WIDTH
+    out = open_console()
     out.print(decision_table(report.lines, report.reference, is_narrow=out.width < WIDE))
     for text in missing_lines(report.lines):
         out.print(f"not there: {text}", style="dim", soft_wrap=True)

@@ -278,6 +278,7 @@ COMBINATIONS = [
     ("trainer.zero_stage=3 adapter.mode=none", ["trainer.zero_stage=3", "adapter.mode='none'", "quant.format='int4'"]),
     ("world.name=question_answers", ["world.name='question_answers'", "world.train_path"]),
     ("world.name=question_answers world.train_path=x", ["world.name='question_answers'", "world.test_path"]),
+    ("world.name=text world.train_path=x", ["world.name='text'", "world.test_path", "paragraph"]),
     ("world.name=stories world.train_path=x", ["world.train_path", "world.name='stories'"]),
     ("world.recipe.hidden_size=3", ["world.recipe", "world.name='none'"]),
 ]

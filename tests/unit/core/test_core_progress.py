@@ -3,6 +3,7 @@
 import io
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
@@ -50,3 +51,19 @@ def test_bars_and_the_commands_own_console_take_any_text() -> None:
     with cli.console.capture() as heard:
         cli.console.print(GLOO, soft_wrap=True)
     assert heard.get() == GLOO + "\n"
+
+
+def test_the_last_line_of_a_bar_is_whole_in_a_jobs_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    title = "20261122-070157-student-of-a-long-name"
+    record, keeper = cast(Any, MagicMock()), cast(Any, MagicMock())
+    metrics = cast(Any, SimpleNamespace(queue_depths=dict, step=lambda *_: None))
+    with DriverRecords(record, cli.open_console(stderr=True), 1, title, keeper, metrics) as records:
+        records.step(cast(Any, SimpleNamespace(step=0)), {"trainer/loss": 0.25, "rollout/completion_tokens": 28.0})
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(title)
+    assert last.rstrip().endswith("loss 0.2500, 28 tokens/completion")
+    assert "1/1" in last
+    assert "…" not in last

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import raydistill.demo.world as world_module
 from raydistill.demo.pretrain import TeacherRecipe
-from raydistill.demo.world import World, prepare_question_answers, prepare_stories
+from raydistill.demo.world import World, prepare_question_answers, prepare_stories, prepare_text
 from raydistill.errors import UserError
 
 TINY = TeacherRecipe(
@@ -118,3 +118,30 @@ def test_a_malformed_question_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n')
     with pytest.raises(UserError, match="line 2"):
         prepare_question_answers(tmp_path / "world", path, path)
+
+
+def test_plain_text_becomes_a_world_of_passages_and_continuations(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("".join(f" = Heading {n} = \n{' '.join(f'w{n}x{i}' for i in range(50))}\n" for n in range(60)))
+    test.write_text(f"{' '.join(f'v{i}' for i in range(96))} {' '.join(f'u{i}' for i in range(60))} .\n")
+    world = prepare_text(tmp_path / "world", train, test, recipe=TINY)
+    first, second = (json.loads(line)["messages"] for line in world.test_path.read_text().splitlines())
+    assert first[0] == {"role": "user", "content": " ".join(f"v{i}" for i in range(24))}
+    assert first[1] == {"role": "assistant", "content": " " + " ".join(f"v{i}" for i in range(24, 96))}
+    assert second[0]["content"].startswith("u0 u1 ")
+    assert second[1]["content"].endswith(" u59 .")
+    counts = [len(path.read_text().splitlines()) for path in (world.train_path, world.validation_path)]
+    assert sum(counts) == 60
+    assert min(counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"too short\n", "no paragraph of 48 words"), (b"\xff\xfe\x00", "not UTF-8"), (None, "no text file")],
+)
+def test_a_text_file_without_passages_is_a_user_error(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "notes.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        prepare_text(tmp_path / "world", path, path)
