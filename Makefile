@@ -19,6 +19,8 @@ setup: $(VENV)/.installed  ## a virtual environment with the pinned packages (ab
 $(VENV)/.installed: $(PINS) requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "error: the pinned packages are for Python 3.11, found '$(PYTHON)'; name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null || { \
+	  echo "error: vLLM on CPU needs libnuma: apt-get install libnuma1 (Fedora: dnf install numactl-libs), then run make again." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV): about 5 minutes, 5 GB"
 	@set -o pipefail; $(BIN)/pip install --disable-pip-version-check --no-deps --progress-bar off -r $(PINS) -r requirements/dev.txt 2> >(grep -v ^WARNING: >&2) \

@@ -41,9 +41,9 @@ SUMMARY = """\
 Write one checkpoint of a run as a folder that stands alone: weights, configuration, tokenizer, generation settings and a
 model card (README.md) with the run's numbers.
 
---as compressed-tensors  int4 that vLLM and transformers load by themselves (default for int4)
---as packed              raydistill's own dense codes, the smallest (default for int3 and int2)
---as dequantized         plain weights with the quantized values, for any tool
+--as compressed-tensors  int4 that vLLM and transformers load by themselves (default for int4 in groups of 32, 64 or 128)
+--as packed              raydistill's own dense codes, the smallest (default for what else is quantized)
+--as dequantized         plain weights with the quantized values, for any tool (default for what is not)
 A student trained in served mode keeps its adapter in adapter/ (PEFT's format) beside the weights."""
 EXAMPLES = """\
 examples:
