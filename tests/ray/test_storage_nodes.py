@@ -22,6 +22,7 @@ from raydistill.recovery.ledger import ledger_problems
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
 from raydistill.results.record import read_record
+from raydistill.study.arms import GOLD
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -88,11 +89,12 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 
 def command_of(make_config: Any, nodes: TwoNodes, storage: str) -> list[str]:
-    """Off-policy, two processes less for each life; 0.8 CPUs for a rank, one fits on each node."""
+    """On the data set's own answers, without rollout and teacher actors: two processes less for each life; 0.8 CPUs for a rank,
+    one fits on each node."""
     trainer = {"num_steps": STEPS, "num_workers": 2, "sequences_per_micro_batch": 2, "num_cpus": 0.8}
     config = serial_config(make_config, "killed", trainer=trainer, checkpoint={"save_every": 2}, **HF)
     tree = config.model_dump(mode="json")
-    tree["objective"]["on_policy_fraction"] = 0.0
+    tree["objective"] |= GOLD["objective"]
     tree["run"] |= {"output": str(nodes.output), "storage": storage}
     tree["cluster"] |= {"address": nodes.address, "by_role": True}
     settings = [

@@ -13,6 +13,7 @@ from run_helpers import sweep_file, trial_config, wait_for_step
 from raydistill.cli import EXIT_INTERRUPTED
 from raydistill.recovery.checkpoint import newest_checkpoint, version_of
 from raydistill.results.record import read_record
+from raydistill.study.arms import GOLD
 from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2000)]
@@ -37,11 +38,18 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
     )
     config = config.model_copy(
         update={
-            "objective": config.objective.model_copy(update={"on_policy_fraction": 0.0}),
+            "objective": config.objective.model_copy(
+                update=GOLD["objective"]
+            ),  # no teacher: a process less in each life
             "run": config.run.model_copy(update={"storage": f"file://{tmp_path}/remote"}),
         }
     )
-    file = sweep_file(tmp_path / "lr.toml", config, '"trainer.learning_rate" = [1e-3, 2e-3]')
+    file = sweep_file(
+        tmp_path / "lr.toml",
+        config,
+        '"trainer.learning_rate" = [1e-3, 2e-3]',
+        head='metric = "evaluate/perplexity"',
+    )
     command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
     address = ray_cluster.get_runtime_context().gcs_address
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
