@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from raydistill.cli import main_with_errors
@@ -29,6 +31,14 @@ def test_a_comparison_has_every_arm_and_method_unless_somebody_says_otherwise(to
     )
     assert switches.study.arms == ("gold-ce", "off-policy")
     assert (switches.study.ptq_methods, switches.study.seeds) == (("rtn", "awq"), 3)
+
+
+@pytest.mark.parametrize("name", ["demo", "gsm8k", "wikitext"])
+def test_the_shipped_worlds_are_compared_whole_and_shown_in_short(name):
+    config = f"@{Path(__file__).parents[3] / 'configs' / name}.toml"
+    compared = compare_config([config]).study
+    assert (compared.arms, compared.ptq_methods) == (COMPARED_ARMS, COMPARED_METHODS)
+    assert load_config([config]).config.study.arms == ("student", "gold-ce")
 
 
 @pytest.mark.parametrize(
