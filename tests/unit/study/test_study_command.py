@@ -48,6 +48,8 @@ def test_the_shipped_worlds_are_compared_whole_and_shown_in_short(name):
         ("arms = []", "study.arms is empty"),
         ('ptq_methods = ["gptq"]', "leaves out 'rtn'"),
         ("seeds = 0", "study.seeds=0 is not allowed"),
+        ('tasks = ["gsm8k", "gsm8k"]', "study.tasks names 'gsm8k' twice"),
+        ("task_limit = 5", "study.task_limit='5' has no effect without study.tasks"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_when_the_config_is_read(toml, text, said):
@@ -65,6 +67,10 @@ def test_what_cannot_be_compared_is_refused_when_the_config_is_read(toml, text, 
             "leaves out quant.format='nf4'",
         ),
         ('[world]\nname = "stories"\n[study]\nptq_methods = ["rtn", "gptq"]', "make ptq"),
+        (
+            '[world]\nname = "stories"\n[study]\ntasks = ["helaswag"]',
+            "study.tasks (their rows: study.task_data): lm-eval has no task 'helaswag'; did you mean hellaswag?",
+        ),
     ],
 )
 def test_a_study_that_cannot_work_is_refused_before_anything_starts(toml, capsys, monkeypatch, tmp_path, text, said):
