@@ -197,4 +197,11 @@ def _parquet_texts(path: Path, column: str) -> list[str]:
         raise DataError(
             f"--text {path} has no column {column!r}; it has {', '.join(names)}: name one with --text-column"
         )
-    return [str(text) for text in parquet.read_table(path, columns=[column])[column].to_pylist()]
+    texts = parquet.read_table(path, columns=[column])[column].to_pylist()
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(
+                f"--text {path}, row {number} has no text in column {column!r} but {text!r}; leave such rows out, or name "
+                "another column with --text-column"
+            )
+    return texts
