@@ -184,6 +184,28 @@ def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):
         assert not is_hub_id(path), path
 
 
+def test_a_model_of_the_hub_is_found_in_the_cache_without_a_network(world, adapters, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    def cached(name, folder):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(folder, repository / "snapshots" / "0123abcd")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123abcd")
+        return repository / "snapshots" / "0123abcd"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read when the library was imported, as the cache is
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, adapter = cached("tiny-model", world.other), cached("tiny-lora", adapters[0])
+    targets, _ = find_targets(["org/tiny-model", "over=org/tiny-lora"], base="org/tiny-model")
+    assert targets == [Target("tiny-model", model), Target("over", model, "student", adapter=adapter)]
+    torch.testing.assert_close(logits(Loader().load(targets[0])), logits(make_model(world.tokenizer, 2)))
+    with pytest.raises(ModelError, match=r"org/tiny does not exist here.*the hub cannot be reached"):
+        find_targets(["org/tiny"])
+
+
 def test_the_teacher_stays_on_one_device_while_it_fits_there_beside_the_students():
     assert teacher_bounds([], 10 * GB, 0) is None, "on a CPU"
     assert teacher_bounds([80 * GB], 70 * GB, 40 * GB) is None, "nowhere else to go"
