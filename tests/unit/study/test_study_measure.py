@@ -1,6 +1,7 @@
 """The one process that measures everything, replaced by one that notes what it was asked for."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ def ask(tmp_path, monkeypatch):
             return SimpleNamespace(returncode=returncode, stdout=json.dumps(comparison_json(rows)))
 
         (tmp_path / "model").mkdir(exist_ok=True)
-        monkeypatch.setattr(measuring.subprocess, "run", run)
+        monkeypatch.setattr(measuring, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
         model = {"model": str(tmp_path / "model")}
         evaluation = {"exact_match": "final_number", "max_new_tokens": 9}
         config = Config.model_validate(
