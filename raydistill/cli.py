@@ -102,10 +102,10 @@ def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Seque
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        line = _file_complaint(error)
-        if line is None or sys.flags.dev_mode or VERBOSE & set(arguments):
+        complaint = _file_complaint(error)
+        if complaint is None or sys.flags.dev_mode or VERBOSE & set(arguments):
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {complaint}", file=sys.stderr)
         return EXIT_RUN_FAILED if error.errno in DISK_FULL else EXIT_USER_ERROR
 
 
