@@ -1,14 +1,15 @@
 """What all commands share: how errors end a command, where text goes, how `--help` looks; and the verb `config`.
 
 Results go to stdout (with `--json` as pure JSON), progress and errors to stderr, so that a pipe sees results only.
-Exit codes: 0 done, 1 the run could not go on, 2 the user can fix it (one line per problem), 130 interrupted. Any
-other error is our bug and keeps
-its traceback.
+Exit codes: 0 done, 1 the run could not go on, 2 the user can fix it (one line per problem), 130 interrupted. So is a file
+that the system does not let us read or write, whoever meets it, unless Python's development mode (`python -X dev`) or
+--verbose asks for the traceback. Any other error is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,14 @@ from raydistill.quiet import quiet_libraries
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+VERBOSE = {"--verbose", "--run.verbose"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WAYS_OUT = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or name another place"),
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a folder where a file stands now",
+    **dict.fromkeys(DISK_FULL, "make room there"),
+}
 PIPE_WIDTH = 200  # columns where no terminal limits them: wide enough that no cell of a table wraps and no bar is cut
 
 
@@ -92,6 +101,20 @@ def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Seque
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        complaint = _file_complaint(error)
+        if complaint is None or sys.flags.dev_mode or VERBOSE & set(arguments):
+            raise
+        print(f"error: {complaint}", file=sys.stderr)
+        return EXIT_RUN_FAILED if error.errno in DISK_FULL else EXIT_USER_ERROR
+
+
+def _file_complaint(error: OSError) -> str | None:
+    """The file and what the system has against it; None for what may well be our bug, such as a file that is missing."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    if not names or error.errno not in _WAYS_OUT:
+        return None
+    return f"{' -> '.join(names)}: {error.strerror}; {_WAYS_OUT[error.errno]}"
 
 
 def _original(error: UserError) -> str:

@@ -181,7 +181,8 @@ def check_world(world: WorldSection) -> None:
 
 
 def check_study(study: StudySection) -> None:
-    for name, values in (("arms", study.arms), ("ptq_methods", study.ptq_methods), ("ptq_formats", study.ptq_formats)):
+    for name in ("arms", "ptq_methods", "ptq_formats", "tasks"):
+        values = getattr(study, name)
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise ValueError(f"study.{name} names {twice!r} twice; name it once")
@@ -192,6 +193,11 @@ def check_study(study: StudySection) -> None:
             f"study.ptq_methods={list(study.ptq_methods)} leaves out 'rtn', which chooses the grid that the student is "
             "trained on; add it"
         )
+    for name in ("task_data", "task_limit", "num_fewshot"):
+        if getattr(study, name) is not None and not study.tasks:
+            raise ValueError(
+                f"study.{name}={str(getattr(study, name))!r} has no effect without study.tasks; name tasks, or leave it out"
+            )
 
 
 def check_tree(config: Config) -> None:

@@ -386,6 +386,10 @@ class StudySection(Section):
         None, description="rows of the final table, JSONL; unset: the world's test file (needed without a world)"
     )
     test_rows: PositiveInt = Field(512, description="how many of them at most")
+    tasks: tuple[str, ...] = Field((), description="lm-eval's tasks in the final table, such as hellaswag,arc_easy")
+    task_data: Path | None = Field(None, description="their rows, FOLDER/TASK/SPLIT.jsonl, or YAMLs; unset: the hub's")
+    task_limit: PositiveInt | None = Field(None, description="the first so many documents of each task; unset: all")
+    num_fewshot: int | None = Field(None, ge=0, description="examples that tasks show; unset: as each task says")
 
     @model_validator(mode="after")
     def _check(self) -> StudySection:

@@ -10,10 +10,9 @@ from raydistill.demo.answers import flexible_match
 from raydistill.evaluate.answerers import Answerer, OnDone
 from raydistill.evaluate.generate import match_answers, require_final_numbers
 from raydistill.evaluate.measured import Measured, share
-from raydistill.evaluate.paired import EXACT_MATCH
+from raydistill.evaluate.paired import EXACT_MATCH, LAST_NUMBER_COLUMN
 
 LAST_NUMBER = "exact_match_last_number"
-COLUMN = "last number"
 
 
 class FinalNumbers:
@@ -38,4 +37,6 @@ class FinalNumbers:
         row_ids = [example.row_id for example in self._examples]
         strict = match_answers(pairs, self._tokenizer).values(row_ids)
         flexible = match_answers(pairs, self._tokenizer, flexible_match).values(row_ids)
-        return Measured(measures={COLUMN: share(flexible)}, rows={EXACT_MATCH: strict, LAST_NUMBER: flexible})
+        return Measured(
+            measures={LAST_NUMBER_COLUMN: share(flexible)}, rows={EXACT_MATCH: strict, LAST_NUMBER: flexible}
+        )

@@ -22,7 +22,7 @@ from raydistill.evaluate.final_numbers import FinalNumbers
 from raydistill.evaluate.held_out import RowScores, TeacherAnswers, answer_held_out, score_alone, score_rows
 from raydistill.evaluate.loading import Loader, format_of, load_teacher, role_of
 from raydistill.evaluate.measured import Measured, Measurement, share
-from raydistill.evaluate.paired import EXACT_MATCH, KL, RowValues
+from raydistill.evaluate.paired import CROSS_ENTROPY, EXACT_MATCH, KL, RowValues
 from raydistill.evaluate.targets import Target
 from raydistill.evaluate.vocabulary import check_vocabulary, positions_of
 from raydistill.models import eos_ids
@@ -193,15 +193,16 @@ class _Comparison:
 
     def _row(self, target: Target, finding: _Finding) -> SummaryRow:
         values = finding.values
-        total = finding.score.total if finding.score is not None else None
-        match = values.get(EXACT_MATCH)
+        kl, text, match = (values.get(measure) for measure in (KL, CROSS_ENTROPY, EXACT_MATCH))
+        perplexity, perplexity_se = text.perplexity if text else (None, None)
         return SummaryRow(
             name=target.name,
             role=role_of(target),
-            kl_nats=total.kl_nats if total else None,
-            kl_se=values[KL].standard_error if KL in values else None,
+            kl_nats=kl.mean if kl else None,
+            kl_se=kl.standard_error if kl else None,
             bytes=self._loader.size(target),
-            perplexity=total.perplexity if total else None,
+            perplexity=perplexity,
+            perplexity_se=perplexity_se,
             exact_match=match.mean if match else None,
             exact_match_se=share(match)["se"] if match else None,
             num_rows=match.values_R.size if match else None,

@@ -15,12 +15,10 @@ from raydistill.evaluate.answerers import Answerer, OnDone
 from raydistill.evaluate.harness_tasks import HarnessTask
 from raydistill.evaluate.measured import Measured
 from raydistill.evaluate.paired import RowValues
-from raydistill.results.tables import Measure
+from raydistill.results.tables import SHARES, Measure
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the examples of its published numbers
 BOOTSTRAPS = 1000  # for the few metrics whose standard error has no formula
-SHARES = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass")
-"""Beginnings of the names of metrics that lie between 0 and 1."""
 NO_FILTER = "none"
 
 

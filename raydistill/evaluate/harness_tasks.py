@@ -52,9 +52,7 @@ class HarnessTask:
 def known_tasks(names: Sequence[str], data: Path | None) -> Places:
     """Every task that there is, those in `data` first; UserError for a name that is none of them."""
     if data is not None and not data.is_dir():
-        raise DataError(
-            f"--task-data {data} is no folder; give one that holds TASK/SPLIT.jsonl files or task YAML files"
-        )
+        raise DataError(f"task data {data} is no folder; give one that holds TASK/SPLIT.jsonl files or task YAML files")
     known = {**bundled_names(), **(names_under(data) if data is not None else {})}
     check_names(names, known)
     return known

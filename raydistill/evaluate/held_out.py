@@ -21,7 +21,7 @@ from raydistill.data.collate import micro_batches
 from raydistill.data.encode import Example
 from raydistill.data.schedule import held_out_references
 from raydistill.errors import DataError
-from raydistill.evaluate.paired import CROSS_ENTROPY, KL, RowValues
+from raydistill.evaluate.paired import CROSS_ENTROPY, KL, MOST_NATS, RowValues
 from raydistill.losses.divergence import kl
 from raydistill.losses.logsumexp import rows_per_chunk
 from raydistill.losses.targets import dense_classes, tail_classes
@@ -30,8 +30,6 @@ from raydistill.tensors import CompletionModel, DenseTensors, SequenceBatch, Top
 
 BATCH_TOKENS = 4096
 """Tokens (padding counted) of one forward pass; small models on a CPU get slower beyond it, as caches overflow."""
-
-MOST_NATS = 80.0  # exp of more leaves the range that a reader or a plot can use
 
 KlOfRows = Callable[[Tensor, slice], Tensor]
 _Part = tuple[tuple[int, ...], "RowScores"]  # places of a batch's rows among the examples, and their scores

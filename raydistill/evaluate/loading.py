@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -48,6 +49,7 @@ class Loader:
         self._device = device or default_device()
         self._held: tuple[object, Any] | None = None  # what it was made from, the model
         self._export_bytes: dict[Path, int] = {}  # of a run's student
+        self._numbers = count()  # of adapters
 
     def load(self, target: Target) -> nn.Module:
         """A transformers model in eval mode on this loader's device."""
@@ -93,7 +95,7 @@ class Loader:
         from peft import PeftModel
 
         check_lora(target)
-        folder, name = str(target.adapter), target.name.replace(".", "-")  # module names hold no dots
+        folder, name = str(target.adapter), f"adapter{next(self._numbers)}"  # PEFT's name: a target's may hold dots
         is_first = self._held is None or self._held[0] != target.folder
         base = self._holding(target.folder, lambda: load_exported(target.folder).to(self._device))
         try:

@@ -20,6 +20,9 @@ from raydistill.errors import DataError
 
 KL, CROSS_ENTROPY, EXACT_MATCH = "kl_nats", "cross_entropy_nats", "exact_match"
 """Names of measures."""
+LAST_NUMBER_COLUMN = "last number"
+"""Where a table shows exact match by the last number of an answer that marks none."""
+MOST_NATS = 80.0  # exp of more leaves the range that a reader or a plot can use
 RESAMPLES = 9_999  # random relabellings; a p value of 1e-4 is the smallest that they can show
 BATCH = 500  # of them at a time: 2 MB for 500 rows
 
@@ -45,6 +48,12 @@ class RowValues:
     def standard_error(self) -> float | None:
         """Of `mean`, if other rows of the same kind had been drawn; None for a single row."""
         return _standard_error(self.values_R, self.weights_R)
+
+    @property
+    def perplexity(self) -> tuple[float, float | None]:
+        """exp(`mean`), for values in nats, and its standard error by the delta method: perplexity times that of the mean."""
+        perplexity, error = math.exp(min(self.mean, MOST_NATS)), self.standard_error
+        return perplexity, None if error is None else perplexity * error
 
     @property
     def is_yes_or_no(self) -> bool:

@@ -62,7 +62,7 @@ def make_plan(switches: argparse.Namespace) -> Plan:
     targets, runs = find_targets(switches.targets, switches.base, switches.every_checkpoint)
     for run in runs:
         _check_there(run, switches)
-    texts, tasks = _texts(switches), _tasks(switches)
+    texts, tasks = _texts(switches), task_request(switches)
     section = _agreed(runs, lambda run: run.data, "held-out rows", "--data FILE") if switches.data is None else None
     rows = _rows(switches, section)
     if rows is None and (switches.classify or switches.exact_match == "final_number"):
@@ -148,7 +148,8 @@ def _texts(switches: argparse.Namespace) -> TextRequest | None:
     )
 
 
-def _tasks(switches: argparse.Namespace) -> TaskRequest | None:
+def task_request(switches: argparse.Namespace) -> TaskRequest | None:
+    """What `--tasks` and its companions say; UserError for a name that no task has."""
     if switches.tasks is None:
         return None
     names = tuple(dict.fromkeys(name.strip() for name in switches.tasks.split(",") if name.strip()))

@@ -51,8 +51,9 @@ def record_evaluation(
 def metrics_of(row: SummaryRow, within: str = "") -> dict[str, float]:
     """The numbers of a row by the names that a run's evaluations have, such as evaluate/kl_nats."""
     plain = {
-        "kl_nats": row.kl_nats, "kl_nats_se": row.kl_se, "perplexity": row.perplexity,
-        "exact_match": row.exact_match, "exact_match_se": row.exact_match_se, "bytes": float(row.bytes),
+        "kl_nats": row.kl_nats, "kl_nats_se": row.kl_se, "bytes": float(row.bytes),
+        "perplexity": row.perplexity, "perplexity_se": row.perplexity_se,
+        "exact_match": row.exact_match, "exact_match_se": row.exact_match_se,
     }  # fmt: skip
     for name, measure in row.measures.items():
         plain |= {name: measure["value"], f"{name}_se": measure["se"]}

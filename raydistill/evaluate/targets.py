@@ -75,7 +75,7 @@ def _find(name: str | None, text: str, base: str | None) -> tuple[Target, Path]:
         name = name or Path(text).name
     if (run := run_of_checkpoint(path)) is not None:
         return _checkpoint_target(name or f"{run.name} {path.name}", path.absolute(), run), run
-    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+    if is_adapter(path):
         return _adapter_target(name, path, base)
     run = _run_of(path)
     folder = path / EXPORT_FOLDER if run == path else path
@@ -96,6 +96,14 @@ def _every_checkpoint(texts: Sequence[str]) -> tuple[list[Target], list[RunDefau
     names = (f"step {int(folder.name.removeprefix(STEP))}" for folder in folders)
     targets = [_checkpoint_target(name, folder, run.absolute()) for name, folder in zip(names, folders, strict=True)]
     return targets, [defaults]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and no model: some tools save the base's config.json beside the adapter."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    weights = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    return not (weights and (folder / "config.json").is_file())
 
 
 def run_of_checkpoint(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ Places = Mapping[str, list[Path]]
 """Name of a task, group or tag -> the files that define it or belong to it."""
 
 
+@cache
 def bundled_names() -> Places:
     """What the installed lm-eval brings."""
     package = importlib.util.find_spec("lm_eval")
@@ -72,7 +74,7 @@ def check_names(names: Iterable[str], known: Places) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
-            raise UserError(f"--tasks: lm-eval has no task {name!r}; {hint}")
+            raise UserError(f"lm-eval has no task {name!r}; {hint}")
 
 
 def folders_of(names: Iterable[str], known: Places) -> list[Path]:

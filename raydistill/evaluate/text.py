@@ -24,7 +24,6 @@ import numpy as np
 
 from raydistill.errors import DataError
 from raydistill.evaluate.answerers import Answerer, OnDone
-from raydistill.evaluate.held_out import MOST_NATS
 from raydistill.evaluate.measured import Measured
 from raydistill.evaluate.paired import RowValues
 from raydistill.results.tables import Measure
@@ -141,13 +140,9 @@ class TextPerplexity:
             values_R=np.array(nats, np.float64),
             weights_R=np.array(tokens, np.float64),
         )
-        perplexity, error = math.exp(min(rows.mean, MOST_NATS)), rows.standard_error
+        (perplexity, perplexity_error), error = rows.perplexity, rows.standard_error
         name = self._text.name
-        measures = {
-            f"{name} perplexity": Measure(
-                value=perplexity, se=None if error is None else perplexity * error, is_share=False
-            )
-        }
+        measures = {f"{name} perplexity": Measure(value=perplexity, se=perplexity_error, is_share=False)}
         if self.num_bytes:
             tokens_per_byte = self.num_scored / self.num_bytes / math.log(2)  # and bits per nat
             measures[f"{name} bits/byte"] = Measure(
@@ -202,4 +197,11 @@ def _parquet_texts(path: Path, column: str) -> list[str]:
         raise DataError(
             f"--text {path} has no column {column!r}; it has {', '.join(names)}: name one with --text-column"
         )
-    return [str(text) for text in parquet.read_table(path, columns=[column])[column].to_pylist()]
+    texts = parquet.read_table(path, columns=[column])[column].to_pylist()
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(
+                f"--text {path}, row {number} has no text in column {column!r} but {text!r}; leave such rows out, or name "
+                "another column with --text-column"
+            )
+    return texts

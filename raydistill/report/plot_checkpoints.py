@@ -83,7 +83,7 @@ def _measures(row: SummaryRow) -> dict[str, Measure]:
     if row.kl_nats is not None:
         found["KL to the teacher"] = Measure(value=row.kl_nats, se=row.kl_se, is_share=False)
     if row.perplexity is not None:
-        found["perplexity of the rows"] = Measure(value=row.perplexity, se=None, is_share=False)
+        found["perplexity of the rows"] = Measure(value=row.perplexity, se=row.perplexity_se, is_share=False)
     if row.exact_match is not None:
         found["exact match"] = Measure(value=row.exact_match, se=row.exact_match_se, is_share=True)
     return found | row.measures

@@ -49,6 +49,8 @@ def export_command(argv: Sequence[str]) -> int:
             raise UserError(
                 f"there is no folder {Path(path).absolute().parent}; make it, or name another file than {path}"
             )
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder; name a file, such as {Path(path) / 'runs.csv'}")
     runs = sort_runs(Runs(arguments).matching(arguments.where), arguments.sort)
     shown = columns_of(runs, arguments.columns, arguments.sort)
     everything = shown if arguments.columns else Names(runs).fields()

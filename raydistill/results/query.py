@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,15 @@ from raydistill.results.names import Names
 from raydistill.results.provenance import scrub
 from raydistill.results.runs import RUN_TAG, RunRow, typed_setting
 from raydistill.results.store import PARENT_TAG, RECORD_ID_TAG, open_client, sqlite_path
+from raydistill.results.tables import SHARES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DEFAULT_SORT = "evaluate/kl_nats"
-_HIGHER_IS_BETTER = (
-    *("exact_match", "accuracy", "per_s", "recovered"),
-    *("last_number", "acc", "acc_norm", "strict-match", "flexible-extract"),  # of `evaluate --record`
-)
+_HIGHER_IS_BETTER = ("accuracy", "last_number", "per_s", "recovered")
+_SHARE = re.compile(rf"(?:^|[_/])(?:{'|'.join(SHARES)})(?:_norm|_bytes|_mutual_info)*(?:\.[\w-]+)?$(?<!_se)")
+"""One of lm-eval's at the end of a metric's name, and the filter that chose the answers: gsm8k_exact_match.strict-match."""
 _PAGE = 500
 
 
@@ -104,8 +105,8 @@ def sort_runs(runs: Sequence[RunRow], sort: str) -> list[RunRow]:
 
 
 def higher_is_better(metric: str) -> bool:
-    """True for exact match, accuracy and speeds; false for KL, loss, perplexity and times."""
-    return metric.endswith(_HIGHER_IS_BETTER)
+    """True for exact match, accuracy, other shares and speeds; false for KL, loss, perplexity and times."""
+    return metric.endswith(_HIGHER_IS_BETTER) or _SHARE.search(metric) is not None
 
 
 def find_run(runs: Sequence[RunRow], wanted: str) -> RunRow:

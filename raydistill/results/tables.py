@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Role = Literal["teacher", "ptq", "student", "control"]
+SHARES = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass")
+"""How the names of lm-eval's metrics begin that lie between 0 and 1, and are better the higher they are."""
 _MOST_PLACES = 7
 _COLUMNS = ("model", "role", "exact match", "KL (nats/token)", "perplexity", "size")
 
@@ -36,6 +38,7 @@ class SummaryRow:
     exact_match_se: float | None = None
     num_rows: int | None = None  # test rows behind exact_match
     perplexity: float | None = None
+    perplexity_se: float | None = None  # rows being the sample
     extras: dict[str, float | str] = field(default_factory=dict)
     measures: dict[str, Measure] = field(default_factory=dict)  # by column: tasks, texts, labels
 
@@ -117,6 +120,13 @@ def with_error(value: float, se: float | None) -> str:
     return f"{value:.{max(places, 0)}f} ± {se:.{max(places, 0)}f}"
 
 
+def format_perplexity(value: float | None, se: float | None) -> str:
+    """`6.786 ± 0.053`; `-` for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if se is None else with_error(value, se)
+
+
 def format_measure(measure: Measure | None) -> str:
     """`61.2% ± 0.5%`, `23.41 ± 0.2`; `-` for what was not measured."""
     if measure is None:
@@ -168,7 +178,7 @@ def _common_cells(row: SummaryRow) -> list[str]:
         row.role,
         match,
         kl,
-        "-" if row.perplexity is None else f"{row.perplexity:.3f}",
+        format_perplexity(row.perplexity, row.perplexity_se),
         format_bytes(row.bytes),
     ]
 

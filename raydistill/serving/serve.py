@@ -21,6 +21,7 @@ from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIR
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.run_defaults import EXPORT_FOLDER
+from raydistill.evaluate.targets import is_adapter
 from raydistill.quant.formats import ADAPTER_FOLDER, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
 
@@ -126,7 +127,7 @@ def check_model(folder: Path) -> Path:
         folder = folder / EXPORT_FOLDER
     if not folder.is_dir():
         raise ModelError(f"{folder} does not exist; give an export, a model or a run's folder")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         raise ModelError(f"{folder} is an adapter without its base; give the folder above it, which holds both")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is no model: it holds no config.json; give an export, a model or a run's folder")

@@ -16,7 +16,6 @@ from raydistill.errors import ConfigError
 if TYPE_CHECKING:
     from raydistill.study.report import Report
 
-WIDE = 150  # columns that the whole table takes
 COMPARED_ARMS = ("gold-ce", "off-policy", "mixed", "on-policy")
 COMPARED_METHODS = ("rtn", "gptq", "awq")
 DEMO_EXAMPLES = """\
@@ -35,8 +34,9 @@ COMPARE_SUMMARY = """\
 The table that decides whether distillation is worth it: teacher, plain quantization at its best (rounding, GPTQ, AWQ), a
 control trained on the gold answers, off-policy, mixed and on-policy distillation. One model, one width, the same rows.
 
-For each: bytes, KL to the teacher, perplexity, exact match (evaluation.exact_match), standard errors, what training cost in
-device-seconds, and the difference to the best plain quantization of the same width with the p value of a paired test.
+For each: bytes, KL to the teacher, perplexity, exact match (evaluation.exact_match), lm-eval's tasks (study.tasks), standard
+errors, what training cost in device-seconds, and the difference to the best plain quantization of the same width with the p
+value of a paired test.
 
 Fair by construction: every PTQ method and width gets its best of four grids, chosen on held-out rows; GPTQ and AWQ are
 calibrated on the students' training rows; the table is measured on rows that chose nothing (study.test_path, or the
@@ -52,11 +52,14 @@ examples:
         your model and rows
   raydistill compare @mine.toml --ptq rtn --study.ptq_formats int4
         without llm-compressor, one width
+  raydistill compare @mine.toml --study.tasks arc_easy,gsm8k --study.task_data tasks --study.task_limit 200
+        with tasks; tasks/TASK/SPLIT.jsonl holds their rows, as `raydistill evaluate --tasks` takes them
 
 what you get, in <run.output>/compare:
   summary.md      table, legend, grids, settings and rows: stands alone
   summary.json    the same for programs; rows.jsonl: scores of every test row
-  plots/          bytes against KL
+  plots/          bytes_kl.png: bytes against KL; of the first arm's first run training.png and spans.png: its curves, and who
+                  waited for whom
   ptq/            the quantized models; the students are in <run.output>/runs/NAME/export
 and an entry NAME-comparison beside the runs in `raydistill results`.
 
@@ -135,10 +138,11 @@ def _study(config: Config, folder: Path, as_json: bool) -> int:
 
 def show(report: Report) -> None:
     """The table and what it means."""
-    from raydistill.study.decision import decision_table, missing_lines
+    from raydistill.study.decision_table import decision_tables, missing_lines
 
     out = open_console()
-    out.print(decision_table(report.lines, report.reference, is_narrow=out.width < WIDE))
+    for table in decision_tables(report.lines, report.reference, out):
+        out.print(table)
     for text in missing_lines(report.lines):
         out.print(f"not there: {text}", style="dim", soft_wrap=True)
     out.print(report.verdict, soft_wrap=True)

@@ -7,22 +7,25 @@ rows were looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from raydistill.evaluate.paired import EXACT_MATCH, KL, PairedDifference, RowValues, paired_test
+from raydistill.evaluate.paired import (
+    CROSS_ENTROPY,
+    EXACT_MATCH,
+    KL,
+    PairedDifference,
+    RowValues,
+    paired_test,
+)
 from raydistill.report.verdict import Compare, Difference, difference
-from raydistill.results.tables import Role, SummaryRow, format_bytes, format_kl
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from raydistill.results.tables import Measure, Role, SummaryRow
 
 Values = Mapping[str, Mapping[str, RowValues]]
 """Model -> measure -> values of the test rows."""
-SMALLEST_P = 0.001  # below it the digits mean nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,22 +99,31 @@ def _mean_values(every: Sequence[Mapping[str, RowValues]]) -> Mapping[str, RowVa
 def _mean_row(name: str, rows: Sequence[SummaryRow], values: Mapping[str, RowValues]) -> SummaryRow:
     if len(rows) == 1:
         return replace(rows[0], name=name)
-    match = values.get(EXACT_MATCH)
+    match, text = values.get(EXACT_MATCH), values.get(CROSS_ENTROPY)
+    perplexity, perplexity_se = text.perplexity if text else (None, None)
     return replace(
         rows[0],
         name=name,
         bytes=round(float(np.mean([row.bytes for row in rows]))),
         kl_nats=values[KL].mean,
         kl_se=values[KL].standard_error,
-        perplexity=_mean([row.perplexity for row in rows]),
+        perplexity=perplexity,
+        perplexity_se=perplexity_se,
         exact_match=match.mean if match else None,
         exact_match_se=match.standard_error if match else None,
+        measures={column: _mean_measure(column, rows, values) for column in rows[0].measures},
     )
 
 
-def _mean(numbers: Sequence[float | None]) -> float | None:
-    known = [number for number in numbers if number is not None]
-    return float(np.mean(known)) if known else None
+def _mean_measure(column: str, rows: Sequence[SummaryRow], values: Mapping[str, RowValues]) -> Measure:
+    """Of a share row by row, as above; of anything else the error is the mean of the seeds', which theirs cannot exceed."""
+    every = [row.measures[column] for row in rows]
+    errors = [measure["se"] for measure in every if measure["se"] is not None]
+    error = float(np.mean(errors)) if len(errors) == len(every) else None
+    if every[0]["is_share"] and column in values:
+        error = values[column].standard_error
+    value = float(np.mean([measure["value"] for measure in every]))
+    return Measure(value=value, se=error, is_share=every[0]["is_share"])
 
 
 def compare_rows(
@@ -154,117 +166,3 @@ def paired_compare(values: Values) -> Compare:
         return Difference(value=found.difference, se=found.se, p_value=found.p_value)
 
     return compare
-
-
-def decision_table(lines: Sequence[Line], reference: str | None, is_narrow: bool = False) -> Table:
-    """For the terminal; students are bold, what is not there is dim. is_narrow: 80 columns wide, without the differences and
-    with fewer standard errors."""
-    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
-    from rich.table import Table
-
-    columns = _columns(lines, reference)
-    title = "Held-out test rows"
-    if is_narrow:
-        columns = _narrow_columns(columns, reference)
-        title += "" if reference is None else f" (p: of no difference to {reference})"
-    table = Table(title=title, box=SIMPLE_HEAD if is_narrow else HEAVY_HEAD)
-    for heading, _ in columns:
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-    for line in lines:
-        style = "dim" if line.row is None else "bold" if line.role == "student" else None
-        table.add_row(*(cell(line) for _, cell in columns), style=style)
-    return table
-
-
-def decision_markdown(lines: Sequence[Line], reference: str | None) -> str:
-    """For a report; a model that is not there is a line of dashes, and its reason stands below."""
-    columns = _columns(lines, reference)
-    headings = [heading for heading, _ in columns]
-    text = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    for line in lines:
-        cells = [cell(line).replace("|", "\\|") for _, cell in columns]
-        text.append("| " + " | ".join(f"**{cell}**" if line.role == "student" else cell for cell in cells) + " |")
-    return "\n".join(text) + "\n"
-
-
-def missing_lines(lines: Sequence[Line]) -> list[str]:
-    """`NAME: reason` of every model that is not there."""
-    return [f"{line.name}: {line.reason}" for line in lines if line.row is None]
-
-
-Column = tuple[str, Callable[[Line], str]]
-
-
-def _columns(lines: Sequence[Line], reference: str | None) -> list[Column]:
-    """(heading, its cell of a line)."""
-    has_match = any(line.row is not None and line.row.exact_match is not None for line in lines)
-    columns: list[Column] = [("model", _name_cell), ("size", _size_cell), ("KL (nats/token)", _kl_cell)]
-    if reference is not None:
-        columns += [(f"against {reference}", _kl_change), ("p", lambda line: _p_cell(line.tests.get(KL)))]
-    if has_match:
-        columns.append(("exact match", _match_cell))
-    if has_match and reference is not None:
-        columns += [(f"against {reference}", _match_change), ("p", lambda line: _p_cell(line.tests.get(EXACT_MATCH)))]
-    return [*columns, ("perplexity", _perplexity_cell), ("device-s", _cost_cell)]
-
-
-def _narrow_columns(columns: Sequence[Column], reference: str | None) -> list[Column]:
-    short: dict[str, Column] = {
-        "model": ("model", lambda line: line.name),
-        "KL (nats/token)": ("KL", lambda line: _kl_cell(line).partition(" ±")[0]),
-    }
-    left_out = (f"against {reference}", "perplexity")
-    return [short.get(heading, (heading, cell)) for heading, cell in columns if heading not in left_out]
-
-
-def _name_cell(line: Line) -> str:
-    return line.name if line.num_seeds == 1 else f"{line.name} ({line.num_seeds} seeds)"
-
-
-def _size_cell(line: Line) -> str:
-    return "-" if line.row is None else format_bytes(line.row.bytes)
-
-
-def _kl_cell(line: Line) -> str:
-    if line.row is None or line.row.kl_nats is None:
-        return "-"
-    if line.role == "teacher":
-        return format_kl(line.row.kl_nats)
-    se = "" if line.row.kl_se is None else f" ± {format_kl(line.row.kl_se)}"
-    return f"{format_kl(line.row.kl_nats)}{se}" + ("" if line.kl_sd is None else f" (sd {format_kl(line.kl_sd)})")
-
-
-def _kl_change(line: Line) -> str:
-    test = line.tests.get(KL)
-    if test is None:
-        return "-"
-    se = "" if test.se is None else f" ± {format_kl(test.se)}"
-    return f"{'-' if test.difference < 0 else '+'}{format_kl(abs(test.difference))}{se}"
-
-
-def _match_cell(line: Line) -> str:
-    if line.row is None or line.row.exact_match is None:
-        return "-"
-    se = "" if line.row.exact_match_se is None else f" ± {100 * line.row.exact_match_se:.1f}"
-    return f"{100 * line.row.exact_match:.1f}{se} %"
-
-
-def _match_change(line: Line) -> str:
-    test = line.tests.get(EXACT_MATCH)
-    if test is None:
-        return "-"
-    return f"{100 * test.difference:+.1f}" + ("" if test.se is None else f" ± {100 * test.se:.1f}")
-
-
-def _perplexity_cell(line: Line) -> str:
-    return "-" if line.row is None or line.row.perplexity is None else f"{line.row.perplexity:.3f}"
-
-
-def _cost_cell(line: Line) -> str:
-    return "-" if line.cost is None else f"{line.cost:.0f}"
-
-
-def _p_cell(test: PairedDifference | None) -> str:
-    if test is None:
-        return "-"
-    return f"<{SMALLEST_P:g}" if test.p_value < SMALLEST_P else f"{test.p_value:.2g}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.evaluate.paired import EXACT_MATCH, KL
+from raydistill.config.sections import StudySection
 from raydistill.ptq.baselines import METHODS, Baseline
 from raydistill.results.tables import SummaryRow, format_kl
 from raydistill.study.arms import devices_of
@@ -21,11 +21,10 @@ from raydistill.study.decision import (
     Line,
     Values,
     compare_rows,
-    decision_markdown,
     merge_seeds,
-    missing_lines,
     paired_compare,
 )
+from raydistill.study.decision_table import decision_markdown, missing_lines, num_tests
 
 if TYPE_CHECKING:
     from raydistill.data.dataset import Dataset
@@ -41,10 +40,13 @@ ARM_TEXTS = {
 LEGEND = """\
 - KL: of the teacher's to the model's next-token distributions over the whole vocabulary, mean over the completion tokens of the
   test rows, in nats; ± one standard error (rows are the sample).
+- perplexity: of the reference completions of the same rows; ± by the delta method, rows being the sample. Of several seeds:
+  exp of the mean of their logarithms.
 - "against": the difference to {reference}, row by row on the same test rows, ± its standard error; negative KL is nearer to the
-  teacher. p: two-sided, of no difference; KL by a permutation test, exact match by the exact McNemar test (averages over seeds
-  by a permutation test too). Each p stands for itself: of {count} comparisons where nothing differs one in twenty falls below
-  0.05 by chance. The rows are the sample: that another training run would come out the same only several seeds can say.
+  teacher. p: two-sided, of no difference to {reference} in what stands before it; right or wrong answers by the exact McNemar
+  test, all else (averages over seeds too) by a permutation test, perplexity by its logarithm. Each p stands for itself: of
+  {count} comparisons where nothing differs one in twenty falls below 0.05 by chance. The rows are the sample: that another
+  training run would come out the same only several seeds can say.
 - {reference} is the best plain quantization of the students' width, chosen on the held-out rows, not on the test rows. The
   student that the verdict names is the best one of this table: a choice on the test rows.
 - device-s: device-seconds. Of a run: busy time of its rollout, teacher, trainer and evaluation actors by the record's spans, x
@@ -170,7 +172,7 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
     ]
     if missing := missing_lines(lines):
         parts.append("Not there:\n\n" + "\n".join(f"- {text}" for text in missing))
-    count = sum(measure in line.tests for line in lines for measure in (KL, EXACT_MATCH))
+    count = num_tests(lines)
     if reference is not None and count:
         parts.append("## How to read it\n\n" + LEGEND.format(reference=reference, count=count))
     parts.append("## Plain quantization\n\n" + _baselines_text(inputs))
@@ -189,8 +191,22 @@ def summary_text(inputs: ReportInputs, lines: Sequence[Line], reference: str | N
         f"- held out, to choose grids and checkpoints: {len(data.held_out):,} rows, fingerprint {data.held_out_fingerprint}\n"
         f"- test, for the table: at most {study.test_rows:,} rows of {inputs.test_path.name}; they choose nothing"
     )
+    if study.tasks:
+        parts.append("## Tasks\n\n" + _tasks_text(study))
     parts.append(f"Teacher: {teacher}. Study {inputs.name}, raydistill {__version__}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _tasks_text(study: StudySection) -> str:
+    documents = "all documents" if study.task_limit is None else f"the first {study.task_limit} documents of each"
+    shown = "as each says" if study.num_fewshot is None else str(study.num_fewshot)
+    return (
+        f"- {', '.join(study.tasks)}: lm-eval's, {documents}, examples shown: {shown}; prompts are plain text\n"
+        "- the table shows acc_norm of a task that has it, else the first of its measures; summary.json holds all of them, "
+        "with the difference to the reference and its standard error\n"
+        "- documents are the sample; of several seeds, shares are averaged document by document first, other standard errors "
+        "are means of the seeds'; what lm-eval sums up over several tasks has no test"
+    )
 
 
 def _baselines_text(inputs: ReportInputs) -> str:

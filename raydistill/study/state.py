@@ -22,7 +22,10 @@ from raydistill.ptq.baselines import Baseline
 from raydistill.recovery.resume import flat_settings, is_listed
 
 FILE = "study.json"
-MAY_CHANGE = ("run.name", "run.output", "run.storage", "run.verbose", "run.resume", "cluster.", "results.")
+MAY_CHANGE = (
+    *("run.name", "run.output", "run.storage", "run.verbose", "run.resume", "cluster.", "results."),
+    *("study.tasks", "study.task_data", "study.task_limit", "study.num_fewshot"),  # of the final evaluation alone
+)
 """Fields that a study may go on with although they differ."""
 
 

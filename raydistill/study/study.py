@@ -24,7 +24,7 @@ from raydistill.progress import say
 from raydistill.ptq.baselines import Baseline
 from raydistill.study.arms import ROLES, arm_config, run_config, run_names, shared_config
 from raydistill.study.material import Material, prepare
-from raydistill.study.measure import measure
+from raydistill.study.measure import check_tasks, measure
 from raydistill.study.state import open_study, study_lock
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Study:
             from raydistill.ptq.overlay import find_interpreter
 
             find_interpreter()
+        check_tasks(study)
         self._config, self._console, self._given_pools = config, console, pools
         self._folder, self._output = folder.absolute(), config.run.output.absolute()
         self.seconds: dict[str, float] = {}

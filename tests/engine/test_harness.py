@@ -6,10 +6,13 @@ vLLM runs in the process that `evaluate` starts for it, once for this module; en
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from task_rows import write_task_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raydistill.cli import main_with_errors
+from raydistill.config import Config
 from raydistill.data.encode import encode_rows
 from raydistill.data.rows import Message, Row, read_rows
 from raydistill.errors import DataError, UserError
@@ -37,11 +41,15 @@ from raydistill.evaluate.ptq import export_ptq
 from raydistill.evaluate.rows import file_section
 from raydistill.evaluate.targets import Target, find_targets
 from raydistill.evaluate.text import TextPerplexity, tokenize
+from raydistill.ptq.baselines import Baseline
 from raydistill.quant.export import export_live
 from raydistill.quant.formats import WeightFormat
 from raydistill.quant.layouts import write_layout
 from raydistill.quant.student import LoraSettings, adapter_state, load_adapter_state, prepare_student
 from raydistill.results.tables import SummaryRow
+from raydistill.study import measure as measuring
+from raydistill.study.decision import compare_rows
+from raydistill.study.decision_table import decision_markdown
 
 pytestmark = pytest.mark.engine
 
@@ -224,6 +232,54 @@ def test_what_a_task_lacks_is_one_line_that_names_it(data: Path, tmp_path: Path)
         with pytest.raises((DataError, UserError)) as error:
             load_tasks(request_of((name,), folder, num_fewshot=shots[0] if shots else None))
         assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_offline_and_without_rows_the_command_says_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user's: whatever a library says while it is imported would be seen."""
+    done = subprocess.run(
+        [sys.executable, "-m", "raydistill", "evaluate", str(tiny_model), "--tasks", "gsm8k"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[0] == "loading"
+    (line,) = done.stderr.splitlines()[1:]
+    assert line.startswith("error: task gsm8k needs the data set openai/gsm8k, which is neither cached here nor can be")
+
+
+def test_a_study_measures_its_tasks_and_looks_for_their_rows_before_it_starts(
+    tiny_world: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one evaluating process is this one; the table's columns and tests come from lm-eval's own numbers."""
+
+    def here(command: list[str], **_: Any) -> SimpleNamespace:
+        code = main_with_errors(evaluate_command, command[3:])
+        return SimpleNamespace(returncode=code, stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(measuring, "subprocess", SimpleNamespace(run=here, PIPE=subprocess.PIPE))
+    base = tiny_world.teacher_folder
+    export_ptq(base, replace(INT4, bits=2), tmp_path / "int2")
+    run = write_run(tmp_path / "runs" / "mine", base, tiny_world.train_path, versions=())
+    export_ptq(base, INT4, run / "export")
+    study = {"tasks": ("arc_easy", "wikitext"), "task_data": data, "task_limit": 6, "test_rows": 4}
+    model = {"model": str(base)}
+    config = Config.model_validate({"student": model, "teacher": model, "study": study})
+    measuring.check_tasks(config.study)
+    ptq = Baseline(method="rtn", width="int2", folder=str(tmp_path / "int2"), format="int2", kl_nats={})
+    rows, values = measuring.measure(
+        config, [ptq], {"mine": run / "export"}, {}, tiny_world.test_path, tmp_path / "rows.jsonl"
+    )
+    assert [row.name for row in rows] == ["teacher", "rtn-int2", "mine"]
+    assert values["mine"]["arc_easy acc_norm"].values_R.size == 6
+    table = decision_markdown(compare_rows(rows, values, "rtn-int2", {}, {}, {}), "rtn-int2").splitlines()
+    assert "| perplexity | p | arc_easy acc_norm | p | wikitext word_perplexity | p | device-s |" in table[0]
+    assert table[4].startswith("| mine |") or table[4].startswith("| **mine**")
+    assert [cell.count("±") for cell in table[4].split("|")[-8:-2]] == [1, 0, 1, 0, 1, 0], table[4]
+
+    with pytest.raises(UserError, match=r"study.tasks \(their rows: study.task_data\): task gsm8k needs the data set"):
+        measuring.check_tasks(config.study.model_copy(update={"tasks": ("gsm8k",), "task_data": None}))
 
 
 class SaysItself:

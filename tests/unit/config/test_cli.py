@@ -1,6 +1,8 @@
 """Shared command-line behaviour: exit codes, where text goes, help that answers without heavy imports."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,35 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(AssertionError):
         main_with_errors(command, [])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "way_out"),
+    [
+        (errno.EACCES, 2, "Permission denied; change its permissions, or name another place"),
+        (errno.EISDIR, 2, "Is a directory; name a file"),
+        (errno.ENOSPC, 1, "No space left on device; make room there"),
+    ],
+)
+def test_a_file_that_the_system_refuses_is_one_line(capsys, number, code, way_out):
+    def command(argv):
+        raise OSError(number, os.strerror(number), "/data/table.csv")
+
+    assert main_with_errors(command, []) == code
+    assert capsys.readouterr().err == f"error: /data/table.csv: {way_out}\n"
+    for asked in (["--verbose"], ["--run.verbose", "true"]):
+        with pytest.raises(OSError):
+            main_with_errors(command, asked)
+
+
+def test_a_file_of_ours_that_is_missing_and_an_error_without_a_file_keep_their_traceback():
+    for error in (FileNotFoundError(errno.ENOENT, "gone", "ours.json"), OSError(errno.ENOSPC, "full"), OSError("odd")):
+
+        def command(argv, error=error):
+            raise error
+
+        with pytest.raises(OSError):
+            main_with_errors(command, [])
 
 
 def test_a_command_gives_the_exit_code_and_nothing_counts_as_done():

@@ -36,6 +36,7 @@ def test_the_table_has_the_teacher_first_with_a_measured_kl_of_zero(world, ptq):
     assert teacher.kl_nats == pytest.approx(0.0, abs=1e-7)
     assert 0 < int4.kl_nats < other.kl_nats
     assert all(math.isfinite(row.perplexity) and row.exact_match is None for row in rows)
+    assert all(0 < row.perplexity_se < row.perplexity for row in rows)
     assert (teacher.bytes, int4.bytes) == (packed_bytes(world.teacher), packed_bytes(ptq))
     assert int4.extras == {"format": INT4.name}
     assert [what for what, _, _ in told if what.startswith("int4")]

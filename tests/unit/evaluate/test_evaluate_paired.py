@@ -23,6 +23,9 @@ def test_the_measure_is_the_sum_of_values_over_the_sum_of_weights():
     assert score.mean == 0.7
     # residuals 1 - .7 * 2 and 6 - .7 * 8: both .4 in size; sqrt(2 / 1 * .32) / 10
     assert score.standard_error == pytest.approx(math.sqrt(0.64) / 10)
+    # As exp turns: twice the perplexity, twice the error.
+    assert score.perplexity == (pytest.approx(math.exp(0.7)), pytest.approx(math.exp(0.7) * math.sqrt(0.64) / 10))
+    assert rows([3.0]).perplexity == (pytest.approx(math.exp(3)), None)
 
 
 def test_with_equal_weights_the_standard_error_is_that_of_a_mean():

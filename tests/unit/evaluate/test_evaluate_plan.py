@@ -14,7 +14,7 @@ from raydistill.evaluate.plan import make_plan
 from raydistill.evaluate.recording import metrics_of
 from raydistill.evaluate.task_names import _names_in, bundled_names, names_under
 from raydistill.results.query import higher_is_better
-from raydistill.results.tables import Measure, SummaryRow
+from raydistill.results.tables import SHARES, Measure, SummaryRow
 from raydistill.results.translate import clean_key
 
 
@@ -165,3 +165,17 @@ def test_metrics_of_a_recorded_row_have_the_names_of_a_runs_and_none_that_the_st
     assert all(clean_key(name) == name for name in metrics_of(row, "s/"))
     assert higher_is_better("evaluate/gsm8k_exact_match.strict-match")
     assert not higher_is_better("evaluate/wiki.txt_bits_per_byte")
+
+
+def test_every_share_that_a_task_measures_is_better_the_higher_it_is():
+    for metric in (*SHARES, "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match (flexible-extract)", "f1 (own)"):
+        row = SummaryRow(
+            name="s", role="student", kl_nats=None, bytes=7,
+            measures={f"a.task {metric}": Measure(value=0.5, se=0.1, is_share=True)},
+        )  # fmt: skip
+        share, error = sorted(metrics_of(row).keys() - {"evaluate/bytes"}, key=len)
+        assert higher_is_better(share), share
+        assert not higher_is_better(error), "a spread is no merit"
+    for name in ("evaluate/mc2_perplexity", "trainer/kl_nats", "evaluate/em_word_perplexity", "rollout/problem"):
+        assert not higher_is_better(name), name
+    assert higher_is_better("rollout/tokens_per_s") and higher_is_better("evaluate/accuracy")

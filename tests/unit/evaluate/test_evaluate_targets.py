@@ -40,7 +40,7 @@ def logits(model):
 @pytest.fixture(scope="module")
 def adapters(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    return [write_lora(world.teacher, folder / name, seed) for seed, name in enumerate(("first", "v1.2"))]
+    return [write_lora(world.teacher, folder / name, seed) for seed, name in enumerate(("v1-2", "v1.2"))]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_adapters_over_one_base_compute_what_peft_computes_and_their_base_is_loa
     loads = []
     monkeypatch.setattr(loading, "load_exported", lambda folder: loads.append(folder) or make_model(world.tokenizer, 1))
     targets, runs = find_targets([str(folder) for folder in adapters])
-    assert ([target.name for target in targets], runs) == (["first", "v1.2"], [])
+    assert ([target.name for target in targets], runs) == (["v1-2", "v1.2"], [])
     assert [target.folder for target in targets] == [world.teacher] * 2
     loader = Loader()
     for target in (*targets, targets[0]):
@@ -76,6 +76,17 @@ def test_an_adapter_lies_over_what_it_names_or_what_is_named_for_it(world, adapt
     (target,), _ = find_targets([str(moved)], base=str(world.other))
     with pytest.raises(ModelError, match="is of type PROMPT_TUNING; LoRA adapters can be evaluated"):
         Loader().load(target)
+
+
+def test_an_adapter_is_one_unless_a_models_weights_lie_beside_it(world, adapters, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(adapters[0], both)
+    shutil.copy(world.teacher / "config.json", both)
+    (target,), _ = find_targets([str(both)], base=str(world.other))
+    assert (target.folder, target.adapter) == (world.other, both), "a config.json is no model"
+    shutil.copy(world.teacher / "model.safetensors", both)
+    (target,), _ = find_targets([str(both)], base=str(world.other))
+    assert (target.folder, target.adapter) == (both, None)
 
 
 def test_the_adapter_of_a_served_export_is_the_export(world, tmp_path):
@@ -171,6 +182,28 @@ def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):
     assert is_hub_id("Qwen/Qwen3-0.6B") and is_hub_id("gpt2")
     for path in ("exports", "exports/typo", "./x", "/tmp/x/y", "~/m", "a/b/c", "models/"):
         assert not is_hub_id(path), path
+
+
+def test_a_model_of_the_hub_is_found_in_the_cache_without_a_network(world, adapters, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    def cached(name, folder):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(folder, repository / "snapshots" / "0123abcd")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123abcd")
+        return repository / "snapshots" / "0123abcd"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read when the library was imported, as the cache is
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, adapter = cached("tiny-model", world.other), cached("tiny-lora", adapters[0])
+    targets, _ = find_targets(["org/tiny-model", "over=org/tiny-lora"], base="org/tiny-model")
+    assert targets == [Target("tiny-model", model), Target("over", model, "student", adapter=adapter)]
+    torch.testing.assert_close(logits(Loader().load(targets[0])), logits(make_model(world.tokenizer, 2)))
+    with pytest.raises(ModelError, match=r"org/tiny does not exist here.*the hub cannot be reached"):
+        find_targets(["org/tiny"])
 
 
 def test_the_teacher_stays_on_one_device_while_it_fits_there_beside_the_students():

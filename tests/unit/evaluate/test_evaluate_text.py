@@ -152,6 +152,10 @@ def test_each_file_without_text_is_refused_in_one_line(world: Any, tmp_path: Pat
         with pytest.raises(DataError) as error:
             read_text(tmp_path / name, "text")
         assert message in str(error.value) and "\n" not in str(error.value)
+    for value, kind in ((None, pa.string()), (3, pa.int64())):
+        parquet.write_table(pa.table({"text": pa.array([value], kind)}), tmp_path / "odd.parquet")
+        with pytest.raises(DataError, match=f"row 1 has no text in column 'text' but {value}; leave such rows out"):
+            read_text(tmp_path / "odd.parquet", "text")
     with pytest.raises(DataError, match="has 1 tokens, too few to score one"):
         TextPerplexity(tokenize("t", "1", world.tokenizer), "sliding", 8, 4)
     with pytest.raises(DataError, match="too few to score a block of 64; lower --window, or leave out --blocks"):

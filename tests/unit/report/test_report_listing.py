@@ -150,6 +150,7 @@ def test_the_list_prints_tables_chosen_columns_and_strict_json(capsys: pytest.Ca
         (["compare", "a", "a"], "named twice"),
         (["export"], "say which file"),
         (["export", "--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
+        (["export", "--parquet", "/tmp"], "/tmp is a folder; name a file"),
         (["show", "outputs/runs/none"], "holds no run's record"),
     ],
 )

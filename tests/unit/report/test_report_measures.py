@@ -32,6 +32,9 @@ def test_measures_are_columns_with_their_standard_errors() -> None:
     assert "| **0.010 ± 0.0020** |" in lines[3] and "| 0 |" in lines[2]
     assert lines[3].endswith("**61.2% ± 0.5%** | **23.42 ± 0.21** |")
     assert format_measure(Measure(value=1.5, se=None, is_share=False)) == "1.5"
+    rows = [replace(TEACHER, perplexity=6.7864, perplexity_se=0.0531), replace(STUDENT, perplexity=6.7864)]
+    lines = comparison_markdown(rows).splitlines()
+    assert "| 6.786 ± 0.053 |" in lines[2] and "| **6.786** |" in lines[3]
 
 
 def test_a_row_from_json_is_the_row_again() -> None:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from raydistill.cli import main_with_errors
@@ -31,6 +33,14 @@ def test_a_comparison_has_every_arm_and_method_unless_somebody_says_otherwise(to
     assert (switches.study.ptq_methods, switches.study.seeds) == (("rtn", "awq"), 3)
 
 
+@pytest.mark.parametrize("name", ["demo", "gsm8k", "wikitext"])
+def test_the_shipped_worlds_are_compared_whole_and_shown_in_short(name):
+    config = f"@{Path(__file__).parents[3] / 'configs' / name}.toml"
+    compared = compare_config([config]).study
+    assert (compared.arms, compared.ptq_methods) == (COMPARED_ARMS, COMPARED_METHODS)
+    assert load_config([config]).config.study.arms == ("student", "gold-ce")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -38,6 +48,8 @@ def test_a_comparison_has_every_arm_and_method_unless_somebody_says_otherwise(to
         ("arms = []", "study.arms is empty"),
         ('ptq_methods = ["gptq"]', "leaves out 'rtn'"),
         ("seeds = 0", "study.seeds=0 is not allowed"),
+        ('tasks = ["gsm8k", "gsm8k"]', "study.tasks names 'gsm8k' twice"),
+        ("task_limit = 5", "study.task_limit='5' has no effect without study.tasks"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_when_the_config_is_read(toml, text, said):
@@ -55,6 +67,10 @@ def test_what_cannot_be_compared_is_refused_when_the_config_is_read(toml, text, 
             "leaves out quant.format='nf4'",
         ),
         ('[world]\nname = "stories"\n[study]\nptq_methods = ["rtn", "gptq"]', "make ptq"),
+        (
+            '[world]\nname = "stories"\n[study]\ntasks = ["helaswag"]',
+            "study.tasks (their rows: study.task_data): lm-eval has no task 'helaswag'; did you mean hellaswag?",
+        ),
     ],
 )
 def test_a_study_that_cannot_work_is_refused_before_anything_starts(toml, capsys, monkeypatch, tmp_path, text, said):

@@ -1,21 +1,15 @@
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from raydistill.evaluate.paired import RowValues
-from raydistill.results.tables import SummaryRow
-from raydistill.study.decision import (
-    Line,
-    compare_rows,
-    decision_markdown,
-    decision_table,
-    merge_seeds,
-    missing_lines,
-    paired_compare,
-)
+from raydistill.results.tables import Measure, SummaryRow
+from raydistill.study.decision import Line, compare_rows, merge_seeds, paired_compare
+from raydistill.study.decision_table import decision_markdown, decision_tables, missing_lines, num_tests
 
 IDS = ("a", "b", "c", "d")
 
@@ -126,16 +120,108 @@ def test_a_narrow_terminal_gets_a_table_that_fits_with_every_name_whole():
     values = VALUES | {"off-policy": VALUES["s0"]}
     lines = compare_rows(rows, values, "rtn-int2", {"off-policy": 0.25}, {"off-policy": 3}, {})
 
-    def printed(width, is_narrow):
-        console = Console(width=width, file=io.StringIO())
-        console.print(decision_table(lines, "rtn-int2", is_narrow))
-        return console.file.getvalue()
-
-    narrow = printed(80, True)
+    narrow = printed(lines, 80)
     assert "(p: of no difference to rtn-int2)" in narrow
     for text in ("off-policy", "75.0 ± 21.7 %", "0.12", "device-s"):
         assert text in narrow
     assert "…" not in narrow
-    wide = printed(150, False)
+    wide = printed(lines, 150)
     assert "off-policy (3 seeds)" in wide
     assert "…" not in wide
+
+
+def printed(lines, width):
+    console = Console(width=width, file=io.StringIO())
+    for table in decision_tables(lines, "rtn-int2", console):
+        console.print(table)
+    return console.file.getvalue()
+
+
+def with_text(name, nats):
+    """The row and the values of a model that says so many nats of each reference."""
+    text = RowValues(row_ids=IDS, values_R=np.array(nats, float), weights_R=np.array((1, 1, 2, 4), float))
+    perplexity, error = text.perplexity
+    found = next(one for one in ROWS if one.name == name)
+    return replace(found, perplexity=perplexity, perplexity_se=error), VALUES[name] | {"cross_entropy_nats": text}
+
+
+def test_perplexity_has_an_error_and_is_tested_row_by_row():
+    pairs = [with_text("rtn-int2", (3, 3, 6, 12)), with_text("s0", (2, 1, 4, 9)), with_text("s1", (1, 2, 2, 7))]
+    values = {row.name: found for row, found in pairs}
+    rows, merged, _ = merge_seeds([row for row, _ in pairs], values, {"on-policy": ["s0", "s1"]})
+    lines = compare_rows(rows, merged, "rtn-int2", {}, {}, {})
+    test = lines[1].tests["cross_entropy_nats"]
+    assert rows[1].perplexity == pytest.approx(math.exp(14 / 8)), "of the mean of 16 / 8 and 12 / 8 nats per token"
+    rest = np.array([1.5, 1.5, 3, 8]) - 14 / 8 * np.array([1, 1, 2, 4])
+    assert rows[1].perplexity_se == pytest.approx(math.exp(14 / 8) * math.sqrt(4 / 3 * (rest**2).sum()) / 8)
+    assert (test.difference, test.p_value) == (pytest.approx(14 / 8 - 3), pytest.approx(2 / 16))
+    text = decision_markdown(lines, "rtn-int2").splitlines()
+    assert text[0].endswith("| perplexity | p | device-s |")
+    assert text[3].endswith("| **5.75 ± 0.97** | **0.12** | **-** |")
+
+
+def hits(numbers):
+    ids = tuple(map(str, range(len(numbers))))
+    return RowValues(row_ids=ids, values_R=np.array(numbers, float), weights_R=np.ones(len(numbers)))
+
+
+def with_tasks(name, numbers, bits):
+    share = Measure(value=float(np.mean(numbers)), se=0.1, is_share=True)
+    measures = {
+        "last number": Measure(value=0.5, se=0.1, is_share=True),
+        "arc_easy acc": Measure(value=0.9, se=0.1, is_share=True),
+        "arc_easy acc_norm": share,
+        "wikitext word_perplexity": Measure(value=bits, se=0.25, is_share=False),
+        "wikitext bits_per_byte": Measure(value=1.0, se=None, is_share=False),
+        "mmlu acc": Measure(value=0.25, se=None, is_share=True),  # summed up over its tasks: no documents
+    }
+    found = next(one for one in ROWS if one.name == name)
+    return replace(found, measures=measures), VALUES[name] | {"arc_easy acc_norm": hits(numbers)}
+
+
+def task_lines():
+    pairs = [
+        *(with_tasks("teacher", [1] * 8, 10.0), with_tasks("rtn-int2", [0] * 7 + [1], 40.0)),
+        *(with_tasks("s0", [1] * 7 + [0], 20.0), with_tasks("s1", [1] * 8, 22.0)),
+    ]
+    values = {row.name: found for row, found in pairs}
+    rows, merged, spread = merge_seeds([row for row, _ in pairs], values, {"mixed": ["s0"], "on-policy": ["s1"]})
+    return compare_rows(rows, merged, "rtn-int2", spread, {}, {})
+
+
+def test_each_task_has_a_column_of_its_main_measure_and_a_paired_test():
+    lines = task_lines()
+    text = decision_markdown(lines, "rtn-int2").splitlines()
+    tasks = "| arc_easy acc_norm | p | wikitext word_perplexity | mmlu acc |"
+    assert text[0].endswith(f"| perplexity {tasks} device-s |")
+    assert text[2].endswith("| 100.0 ± 10.0 % | - | 10.00 ± 0.25 | 25.0 % | - |")
+    # McNemar of eight documents, seven better and one worse
+    assert text[4].endswith("| **87.5 ± 10.0 %** | **0.07** | **20.00 ± 0.25** | **25.0 %** | **-** |")
+    told = lines[2].to_json()
+    assert told["tests"]["arc_easy acc_norm"]["difference"] == 6 / 8
+    assert told["measures"]["arc_easy acc"]["value"] == 0.9, "the JSON has them all"
+    assert num_tests(lines) == 2 * 3, "KL, exact match and arc_easy of two students"
+
+
+def test_tasks_that_do_not_fit_beside_the_rest_get_tables_of_their_own():
+    lines = task_lines()
+    assert printed(lines, 400).count("on-policy") == 1
+    narrow = printed(lines, 80)
+    assert "Tasks (p: of no difference to rtn-int2)" in narrow and "…" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
+    tight = printed(lines, 52)
+    assert tight.count("Tasks") == 2, "two tasks fit beside each other"
+    for text in ("arc_easy acc_norm", "wikitext word_perplexity", "mmlu acc"):
+        assert text in narrow and text in tight
+
+
+def test_seeds_of_a_task_are_averaged_document_by_document():
+    pairs = [with_tasks("rtn-int2", [0] * 8, 40.0), with_tasks("s0", [1, 0] * 4, 20.0), with_tasks("s1", [1] * 8, 22.0)]
+    values = {row.name: found for row, found in pairs}
+    rows, merged, _ = merge_seeds([row for row, _ in pairs], values, {"on-policy": ["s0", "s1"]})
+    measures = rows[1].measures
+    assert measures["arc_easy acc_norm"]["value"] == 0.75
+    assert measures["arc_easy acc_norm"]["se"] == pytest.approx(0.25 / math.sqrt(7)), "of 1 and 0.5, by turns"
+    assert measures["wikitext word_perplexity"] == Measure(value=21.0, se=0.25, is_share=False)
+    assert measures["mmlu acc"]["se"] is None
+    assert compare_rows(rows, merged, "rtn-int2", {}, {}, {})[1].tests["arc_easy acc_norm"].difference == 0.75
