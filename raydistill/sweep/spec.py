@@ -118,8 +118,10 @@ class Sweep:
         return with_values(self.base, {**point, "run.name": run}, f"sweep {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        """What may not change when an interrupted sweep goes on."""
+        """What may not change when an interrupted sweep goes on. points: in their order, which names the trials; None where
+        a searcher chooses them."""
         return {
+            "points": self.points,
             "space": {field: repr(values) for field, values in self.space.items()},
             "settings": json.loads(
                 self.base.model_dump_json(
