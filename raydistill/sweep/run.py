@@ -19,6 +19,7 @@ from raydistill.config import WorldSection
 from raydistill.config.load import require_inputs
 from raydistill.errors import SweepStopped
 from raydistill.launch import start_cluster
+from raydistill.preflight.findings import results_findings
 from raydistill.preflight.placement import check_placement, largest_node_gpus
 from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
 from raydistill.recovery.lease import held
@@ -27,7 +28,6 @@ from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import start_delivery
 from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import recorded
-from raydistill.results.sinks import check_results
 from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.identity import check_identity
@@ -40,6 +40,7 @@ from raydistill.sweep.tuner import run_trials
 from raydistill.worlds import resolve_world
 
 SHUTDOWN_TIMEOUT_S = 120.0
+SHARES_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
     """Run a sweep, or what is left of it. Raises UserError before anything starts, SweepStopped if it was interrupted."""
     require_inputs(sweep.base)
     check_writable(sweep.base)
-    check_results(sweep.base.results)
+    _tell_results(sweep)
     check_storage(sweep.base)
     if anew:
         _set_aside(sweep.folder)
@@ -73,6 +74,13 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
             check_nodes_reach_storage(base)
             with held(sweep_storage(sweep), console.print), mirrored(sweep, console):
                 return _run(sweep, retry_failed)
+
+
+def _tell_results(sweep: Sweep) -> None:
+    """A warning where the results store does not answer; UserError where it cannot be one."""
+    for finding in results_findings(sweep.base.results):
+        if finding.status == "warning":
+            console.print(f"warning: {finding.text}", style="yellow", soft_wrap=True)
 
 
 def _check_room(sweep: Sweep) -> None:
@@ -96,7 +104,8 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
         with _host(sweep, record_id) as host, _sigterm_as_sigint():
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # as Tune's own copy of the recorder left it
-            state.share(ray.get(host.shares.remote()))
+            with suppress(ray.exceptions.RayError):  # what it saved is worth a line, and no wait
+                state.share(ray.get(host.shares.remote(), timeout=SHARES_TIMEOUT_S))
             state.pause()
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())
@@ -123,8 +132,11 @@ def _delivered(sweep: Sweep) -> Iterator[None]:
     finally:
         if not delivery.finish():
             later = f"python -m raydistill.results.deliver --under {output}"
+            reason = delivery.problem or "not all was there in time"
             console.print(
-                f"warning: the results store is behind; deliver later with `{later}`", style="yellow", soft_wrap=True
+                f"warning: the results store is behind ({reason}); deliver later with `{later}`",
+                style="yellow",
+                soft_wrap=True,
             )
 
 
@@ -172,6 +184,8 @@ def _sigterm_as_sigint() -> Iterator[None]:
 
 def sharing_line(shared: Mapping[str, Any]) -> str:
     """What sharing saved, in words."""
+    if not shared:
+        return "what the trials shared is not known: their host did not say"
     rows, pools = shared["teacher_rows"], shared["pools"]
     text = (
         f"the teachers computed {rows['computed_rows']:,} rows and answered {rows['kept_rows']:,} more from those kept"

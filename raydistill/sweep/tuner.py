@@ -117,6 +117,7 @@ def _trial(parameters: Mapping[str, Any], sweep_name: str, host: Any) -> None:
 
 
 def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
+    # No time limits: between two evaluations may lie days. A host that dies ends the wait; one that hangs does not.
     done = host.run.remote(name, point)
     is_over = False
     try:
