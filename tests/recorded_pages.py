@@ -114,4 +114,10 @@ def write_sweep(folder: Path, trials: list[dict[str, Any]] | None = None, **more
     } | more
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(json.dumps(sweep))
+    if not (folder / "record.jsonl").exists():
+        base = Config.model_validate(
+            {"trainer": {"num_steps": 40, "learning_rate": 1e-5}, "student": {"model": HOSTILE}}
+        )
+        with RunRecord(folder) as record:
+            record.start(name=folder.name, config=json.loads(base.model_dump_json()), provenance={}, seed=0)
     return folder

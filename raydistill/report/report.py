@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,10 +51,11 @@ def sweep_folder(wanted: str, output: Path) -> Path | None:
 
 
 def _sweep_report(folder: Path, to: Path | None) -> Path:
-    from raydistill.report.sweep_page import write_sweep_page
+    from raydistill.report.page import write_whole_text
+    from raydistill.report.sweep_page import sweep_page, write_sweep_page
 
-    page = write_sweep_page(folder).page
-    return Path(shutil.copyfile(page, to)) if to and to.absolute() != page.absolute() else page
+    # Elsewhere: the sweep's folder may be somebody else's, where nothing can be written.
+    return write_whole_text(to, sweep_page(folder)) if to else write_sweep_page(folder).page
 
 
 def _run_report(wanted: str, runs: Runs, to: Path | None) -> Path:

@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 from raydistill.config import Config
-from raydistill.config.fields import config_fields, config_sections
+from raydistill.config.fields import config_fields
 from raydistill.report.curves import panels_of, plot_panel
 from raydistill.report.page import Cell, PageTable, Picture, cell, picture, plain, render, table_of
 from raydistill.report.plot_gap import plot_policy_gap
 from raydistill.report.plot_style import STAGE_COLOURS
 from raydistill.report.plots import plot_bytes_kl, plot_spans
 from raydistill.report.run_view import COMPARISON, Measured, RunView, summary_rows
+from raydistill.report.settings import all_settings, changed_table
 from raydistill.report.summary import format_seconds, percent, sentences
 from raydistill.report.verdict import next_steps, verdict
 from raydistill.results.record_lines import read_record
@@ -86,8 +86,8 @@ def run_page(view: RunView) -> str:
         warnings=list(Counter(view.warnings).items()),
         num_warnings=len(view.warnings),
         quality=_quality(view),
-        changed=_changed(view),
-        all_settings=_all_settings(view.config),
+        changed=changed_table(view),
+        all_settings=all_settings(view),
         facts=_facts(view),
         tables=[table_of(line["rows"], caption=name) for name, line in view.tables.items() if line["rows"]],
         provenance=[(name, plain(value)) for name, value in leaves(view.start.get("provenance") or {}).items()],
@@ -216,36 +216,6 @@ def _samples(view: RunView) -> dict[str, Any] | None:
         rows.append({"row_id": row["row_id"], "prompt": row["prompt"], "texts": kept})
     left_out = f"; {len(last['rows']) - len(rows)} more are in the record" if len(last["rows"]) > len(rows) else ""
     return {"text": f"Held-out rows, answered by policy version {last['version']}{left_out}.", "rows": rows}
-
-
-def _changed(view: RunView) -> PageTable:
-    rows = [
-        {"setting": name, "value": value, "default": default, "meaning": _meaning(name)}
-        for name, value, default in view.changed_settings
-    ]
-    return table_of(rows, ("setting", "value", "default", "meaning"), caption="Settings that are not the default")
-
-
-def _all_settings(config: Mapping[str, Any]) -> list[PageTable]:
-    """One table for each section."""
-    flat = leaves(config)
-    order = {section: place for place, section in enumerate(config_sections())}
-    by_section = groupby(
-        sorted(flat, key=lambda name: order.get(name.partition(".")[0], len(order))), lambda n: n.partition(".")[0]
-    )
-    return [
-        table_of(
-            [{"setting": name, "value": flat[name], "meaning": _meaning(name)} for name in names],
-            ("setting", "value", "meaning"),
-            caption=section,
-        )
-        for section, names in by_section
-    ]
-
-
-def _meaning(name: str) -> str:
-    field = config_fields().get(name) or config_fields().get(".".join(name.split(".")[:2]))
-    return field.description if field else ""
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:

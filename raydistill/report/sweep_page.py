@@ -2,8 +2,8 @@
 
     page = write_sweep_page(output / "sweeps" / "rates")
 
-Needs `sweep.json` alone, starts nothing and opens no store: light enough for the sweep's own driver. Every file is whole at
-every moment.
+Needs `sweep.json`, and for the settings the sweep's record; starts nothing and opens no store: light enough for the sweep's
+own driver. Every file is whole at every moment.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raydistill.report.importance import Importance, importance
-from raydistill.report.page import Cell, PageTable, Picture, cell, picture, plain, render, write_whole_text
+from raydistill.report.page import Cell, PageTable, cell, picture, plain, render, write_whole_text
+from raydistill.report.run_view import view_of
+from raydistill.report.settings import all_settings, changed_table
 from raydistill.report.summary import format_seconds
 from raydistill.report.sweep import SEED, Point, Sweep, ranked, read_sweep
-from raydistill.report.sweep_plots import field_of_curve, plot_over_field, plot_parallel, short_names
+from raydistill.report.sweep_plots import field_of_curve, plot_importance, plot_over_field, plot_parallel, short_names
 from raydistill.report.verdict import Z_95
+from raydistill.results.record_lines import start_of
 
+IMPORTANCE = "importance"
 _LONGEST_ERROR = 300
 
 
@@ -46,19 +51,46 @@ def write_sweep_page(folder: Path) -> SweepPage:
     points = ranked(sweep)
     shares = importance(sweep, points)
     rows = table_rows(sweep, points)
-    plots = {"parallel": plot_parallel(sweep, points, folder / "plots" / "parallel.png")}
-    field = field_of_curve(sweep, points)
-    if field is not None:
-        plots["curve"] = plot_over_field(sweep, points, field, folder / "plots" / "curve.png")
+    drawings = _drawings(sweep, points, shares)
+    plots = {name: drawing.draw(folder / "plots" / f"{name}.png") for name, drawing in drawings.items()}
     whole = {"name": sweep.name, "metric": sweep.metric, "mode": sweep.mode, "rows": rows, "importance": shares.shares}
     return SweepPage(
-        page=write_whole_text(folder / "page.html", _page(folder, sweep, points, shares, field)),
+        page=write_whole_text(folder / "page.html", _page(folder, sweep, points, shares, drawings)),
         markdown=write_whole_text(folder / "table.md", table_markdown(sweep, points)),
         csv=write_whole_text(folder / "table.csv", _table_csv(rows)),
         json=write_whole_text(folder / "table.json", json.dumps(whole, indent=1) + "\n"),
         plots=plots,
         rows=rows,
     )
+
+
+def sweep_page(folder: Path) -> str:
+    """The page alone; writes nothing into the sweep's folder."""
+    sweep = read_sweep(folder)
+    points = ranked(sweep)
+    shares = importance(sweep, points)
+    return _page(folder, sweep, points, shares, _drawings(sweep, points, shares))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawing:
+    """A plot that can be drawn to a path."""
+
+    alt: str
+    draw: Callable[[Path], Path]
+
+
+def _drawings(sweep: Sweep, points: Sequence[Point], shares: Importance) -> dict[str, _Drawing]:
+    """The plots of a sweep by name, in the order of the page; those that there is something to draw for."""
+    found = {}
+    if shares.shares:
+        told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.shares.items())
+        found[IMPORTANCE] = _Drawing(alt=f"importance: {told}", draw=partial(plot_importance, shares, sweep.metric))
+    field = field_of_curve(sweep, points)
+    if field is not None:
+        found["curve"] = _Drawing(alt=f"over {field}", draw=partial(plot_over_field, sweep, points, field))
+    found["parallel"] = _Drawing(alt="parallel coordinates", draw=partial(plot_parallel, sweep, points))
+    return found
 
 
 def table_rows(sweep: Sweep, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -136,9 +168,13 @@ def _seconds(point: Point) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _page(folder: Path, sweep: Sweep, points: Sequence[Point], shares: Importance, field: str | None) -> str:
+def _page(
+    folder: Path, sweep: Sweep, points: Sequence[Point], shares: Importance, drawings: Mapping[str, _Drawing]
+) -> str:
     counts: Counter[str] = Counter(trial.status for trial in sweep.trials)
     extreme = "lowest" if sweep.mode == "min" else "highest"
+    pictures = {name: picture(drawing.alt, drawing.draw) for name, drawing in drawings.items()}
+    settings = _settings(folder, sweep)
     return render(
         "sweep.html.j2",
         title=sweep.name,
@@ -150,18 +186,26 @@ def _page(folder: Path, sweep: Sweep, points: Sequence[Point], shares: Importanc
             ("importance", "Importance"),
             ("plots", "Plots"),
             ("trials", "Trials"),
+            *([("settings", "Settings")] if settings else []),
         ],
         tiles=_tiles(sweep, points, counts),
         summary=_sentences(sweep, points, counts),
         table=_ranked_table(sweep, points, short_names(sweep.varied)),
-        importance={
-            "text": shares.text[0].upper() + shares.text[1:],
-            "rows": [(name, f"{100 * share:.0f}") for name, share in shares.shares.items()],
-        },
-        pictures=_pictures(sweep, points, field),
+        importance={"text": shares.text[0].upper() + shares.text[1:], "picture": pictures.pop(IMPORTANCE, None)},
+        pictures=list(pictures.values()),
         trials=_trials(sweep),
+        settings=settings,
         folder=str(folder),
     )
+
+
+def _settings(folder: Path, sweep: Sweep) -> dict[str, Any] | None:
+    """What all trials have in common, by the sweep's own record; None where it has none."""
+    start = start_of(folder)
+    if start is None or not start.get("config"):
+        return None
+    view = view_of([start], folder)
+    return {"changed": changed_table(view, sweep.fields), "all": all_settings(view, sweep.fields)}
 
 
 def _status(counts: Counter[str]) -> str:
@@ -218,13 +262,6 @@ def _words(point: Point) -> str:
 
 def _seeds(point: Point) -> str:
     return f" over {point.estimate.n} seeds" if point.estimate and point.estimate.n > 1 else ""
-
-
-def _pictures(sweep: Sweep, points: Sequence[Point], field: str | None) -> list[Picture]:
-    found = [picture("parallel coordinates", lambda path: plot_parallel(sweep, points, path))]
-    if field is not None:
-        found.insert(0, picture(f"over {field}", lambda path: plot_over_field(sweep, points, field, path)))
-    return found
 
 
 def _trials(sweep: Sweep) -> PageTable:

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: every finished point across all fields, and the metric over the learning rate."""
+"""Pictures of a sweep: every finished point across all fields, the metric over the learning rate, each field's importance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydistill.report.importance import Importance
 from raydistill.report.plot_style import log_axis, new_figure, paper, save_figure
 from raydistill.report.sweep import Point, Sweep
 
@@ -107,6 +108,23 @@ def plot_over_field(sweep: Sweep, points: Sequence[Point], field: str, path: Pat
     axes.set_title(f"{_short(sweep.metric)} over {_short(field)}, {better} is better{left_out}", loc="left")
     if any(lines):
         axes.legend(fontsize=8.5, framealpha=0.9, ncols=1 if len(lines) < 6 else 2)
+    return save_figure(figure, path)
+
+
+def plot_importance(importance: Importance, metric: str, path: Path) -> Path:
+    """A bar for each field, the most important on top: the share of the metric's variance that it explains on its own."""
+    names, shares = list(importance.shares), [100 * share for share in importance.shares.values()]
+    figure, (axes,) = new_figure(1, height=1.4 + 0.42 * len(names))
+    bars = axes.barh(range(len(names)), shares, height=0.62, color=paper().lines[0], zorder=2)
+    axes.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=5)
+    axes.set_yticks(range(len(names)), short_names(names))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 108)  # room for the label of a bar that takes it all
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("share (%)")
+    axes.set_title(f"How much of the variance of {_short(metric)} each field explains on its own", loc="left")
     return save_figure(figure, path)
 
 

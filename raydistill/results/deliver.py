@@ -21,7 +21,7 @@ from raydistill.results.courier import Courier, Destination, retry_command
 from raydistill.results.delivery import STATE_FILE, Store, log, read_state
 from raydistill.results.provenance import HIDDEN, scrub
 from raydistill.results.record_lines import start_of
-from raydistill.results.run_folders import run_folders
+from raydistill.results.run_folders import record_folders
 from raydistill.results.sinks import SINKS, sink_state_file
 from raydistill.results.store import QUIET_ENVIRONMENT, ResultsStore, default_uri
 
@@ -69,7 +69,7 @@ def deliver_all(
     open_store: Callable[[Destination], Store] | None = None,
     give_up_s: float = GIVE_UP_S,
 ) -> bool:
-    """The same for every run folder in `under` (or in its `runs/`), each to the store that its own record names.
+    """The same for every run folder in `under` (or in its `runs/` and `sweeps/`), each to the store that its own record names.
 
     `uri` is for the records that name none, or that name this one without its password. `follow` also takes up the runs
     that are still to come, until `writer_gone` is set. family_of: the folder of a record; only it and those that belong to
@@ -87,7 +87,7 @@ def deliver_all(
             return None
 
     return Courier(
-        _Family(family_of, under).folders if family_of else lambda: run_folders(under),
+        _Family(family_of, under).folders if family_of else lambda: record_folders(under),
         destination_of,
         open_store or _open,
         follow=follow,
@@ -108,7 +108,7 @@ class _Family:
         head = start_of(self._head)
         if head is None:
             return []
-        for folder in run_folders(self._under):
+        for folder in record_folders(self._under):
             if folder not in self._belongs and (start := start_of(folder)) is not None:
                 self._belongs[folder] = start.get("parent") == head["record_id"]
         return [self._head, *(folder for folder, belongs in self._belongs.items() if belongs)]
@@ -152,7 +152,7 @@ class DeliveryHandle:
     def problem(self) -> str | None:
         """Why the store (or a sink) is behind, one line; None while all is well."""
         files = [STATE_FILE, *(sink_state_file(name) for name in SINKS)]
-        states = [read_state(folder, file) for folder in (self.folder, *run_folders(self.folder)) for file in files]
+        states = [read_state(folder, file) for folder in (self.folder, *record_folders(self.folder)) for file in files]
         return next((state.problem for state in states if state.problem), None)
 
     def finish(self, timeout_s: float = 60.0) -> bool:
@@ -265,7 +265,10 @@ def _parser() -> argparse.ArgumentParser:
         "folder", type=Path, nargs="?", help="the run's folder, which holds record.jsonl: outputs/runs/NAME"
     )
     parser.add_argument(
-        "--under", type=Path, metavar="FOLDER", help="every run in FOLDER (or in its runs/), each to its own store"
+        "--under",
+        type=Path,
+        metavar="FOLDER",
+        help="every run in FOLDER (or in its runs/ and sweeps/), each to its own store",
     )
     parser.add_argument("--uri", help="MLflow tracking URI; default: the one of the run")
     parser.add_argument("--experiment", help="MLflow experiment; default: the one of the run")

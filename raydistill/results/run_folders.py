@@ -17,6 +17,11 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted(path.parent for pattern in ("*", "runs/*") for path in folder.glob(f"{pattern}/{RECORD_FILE}"))
 
 
+def record_folders(folder: Path) -> list[Path]:
+    """The same with the records of sweeps, in the `sweeps/` of an output folder."""
+    return [*run_folders(folder), *sorted(path.parent for path in folder.glob(f"sweeps/*/{RECORD_FILE}"))]
+
+
 def refuse_url(path: Path | str) -> None:
     """UserError where a folder of this disk is wanted and a run in run.storage is named."""
     scheme, separator, place = str(path).partition(":/")  # a Path has lost the second slash

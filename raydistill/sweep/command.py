@@ -17,21 +17,22 @@ SUMMARY = """\
 Run a sweep: a base config, the fields that vary, and how their values are chosen, as a TOML file says. All trials run on
 one Ray cluster and share teachers (each row of the data set is answered once), data and, for one base and format, the
 rollout engines. The same command goes on after Ctrl-C or a kill: finished trials are kept, a running one goes on from its
-checkpoint. A trial that fails is reported and ends nothing."""
+checkpoint. A trial that fails is reported and ends nothing. A config on the command line (@mine.toml) replaces the base
+that the file names."""
 EXAMPLES = """\
 examples:
   python tune/sweep.py tune/lr_offpolicy.toml
         the learning rate of off-policy distillation on the embedded world
   python tune/sweep.py tune/beta_lambda.toml @configs/int4_onpolicy.toml --student.model M --data.path prompts.jsonl
-        the grid of a shipped sweep on your own model and rows
+        the grid of a shipped sweep on your own model and rows, with the [settings] of the sweep's file
   python tune/sweep.py tune/lr_offpolicy.toml --parallel 4 --trainer.num_steps 300
         four trials at a time, another number of steps for all
   python tune/sweep.py tune/lr_offpolicy.toml --sampler random --num-samples 20 --scheduler asha
         draw from the ranges, and stop trials that lag
   ray job submit --working-dir . -- python tune/sweep.py tune/lr_offpolicy.toml --run.output /shared/outputs
         the same as a Ray job
-  raydistill results report outputs/sweeps/lr_offpolicy -o report.html
-        the sweep's page as one file to hand around
+  raydistill results report outputs/demo/sweeps/lr_offpolicy -o report.html
+        the sweep's page as one file to hand around (run.output of the shipped sweeps is outputs/demo)
 
 what you get:
   <run.output>/sweeps/<name>/page.html     best first, what mattered, curves

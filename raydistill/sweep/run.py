@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -16,11 +15,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.cli import console
-from raydistill.config import Config, WorldSection
+from raydistill.config import WorldSection
 from raydistill.config.load import require_inputs
-from raydistill.errors import ResourceError, SweepStopped, UserError
+from raydistill.errors import SweepStopped
 from raydistill.launch import start_cluster
-from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
+from raydistill.preflight.findings import results_findings
+from raydistill.preflight.placement import check_placement, largest_node_gpus
 from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
 from raydistill.recovery.lease import held
 from raydistill.recovery.resume import LOCK, locked
@@ -28,9 +28,10 @@ from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import start_delivery
 from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import recorded
-from raydistill.results.sinks import check_results
 from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
+from raydistill.sweep.identity import check_identity
+from raydistill.sweep.parallel import check_parallel, configs_of
 from raydistill.sweep.recorder import SweepRecorder
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SweepState, trials_of
@@ -38,8 +39,8 @@ from raydistill.sweep.stored import bring_sweep, mirrored, set_sweep_aside, swee
 from raydistill.sweep.tuner import run_trials
 from raydistill.worlds import resolve_world
 
-IDENTITY_FILE = "identity.json"
 SHUTDOWN_TIMEOUT_S = 120.0
+SHARES_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
     """Run a sweep, or what is left of it. Raises UserError before anything starts, SweepStopped if it was interrupted."""
     require_inputs(sweep.base)
     check_writable(sweep.base)
-    check_results(sweep.base.results)
+    _tell_results(sweep)
     check_storage(sweep.base)
     if anew:
         _set_aside(sweep.folder)
@@ -66,14 +67,29 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         base = resolve_world(sweep.base, console)
         run = base.run.model_copy(update={"output": base.run.output.absolute()})  # of all its processes
         sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection(), "run": run}))
-        _check_identity(sweep, retry_failed)
+        check_identity(sweep, retry_failed)
         start_cluster(base)
-        check_placement(base, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
-        check_parallel(base, sweep.file.parallel, ray.cluster_resources())
+        _check_room(sweep)
         with _standing_in(sweep.folder):
             check_nodes_reach_storage(base)
             with held(sweep_storage(sweep), console.print), mirrored(sweep, console):
                 return _run(sweep, retry_failed)
+
+
+def _tell_results(sweep: Sweep) -> None:
+    """A warning where the results store does not answer; UserError where it cannot be one."""
+    for finding in results_findings(sweep.base.results):
+        if finding.status == "warning":
+            console.print(f"warning: {finding.text}", style="yellow", soft_wrap=True)
+
+
+def _check_room(sweep: Sweep) -> None:
+    """ResourceError if a trial does not fit the cluster, or not as many of them as are to run at a time."""
+    resources, largest = ray.cluster_resources(), largest_node_gpus(ray.nodes())
+    configs = configs_of(sweep)
+    for config in configs:
+        check_placement(config, resources, largest)
+    check_parallel(configs, min(sweep.file.parallel, sweep.num_trials), resources)
 
 
 def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
@@ -88,7 +104,8 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
         with _host(sweep, record_id) as host, _sigterm_as_sigint():
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # as Tune's own copy of the recorder left it
-            state.share(ray.get(host.shares.remote()))
+            with suppress(ray.exceptions.RayError):  # what it saved is worth a line, and no wait
+                state.share(ray.get(host.shares.remote(), timeout=SHARES_TIMEOUT_S))
             state.pause()
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())
@@ -115,8 +132,11 @@ def _delivered(sweep: Sweep) -> Iterator[None]:
     finally:
         if not delivery.finish():
             later = f"python -m raydistill.results.deliver --under {output}"
+            reason = delivery.problem or "not all was there in time"
             console.print(
-                f"warning: the results store is behind; deliver later with `{later}`", style="yellow", soft_wrap=True
+                f"warning: the results store is behind ({reason}); deliver later with `{later}`",
+                style="yellow",
+                soft_wrap=True,
             )
 
 
@@ -162,58 +182,15 @@ def _sigterm_as_sigint() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def check_parallel(config: Config, parallel: int, resources: Mapping[str, float]) -> None:
-    """ResourceError if so many trials at a time do not fit the cluster; it names the most that do. The trainer's workers are
-    each trial's own, the pools are shared."""
-    plan = placement_plan(config)
-    for kind, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        own = sum(d.count * getattr(d, field) for d in plan if d.role == "trainer")
-        shared = sum(d.count * getattr(d, field) for d in plan if d.role != "trainer")
-        there = resources.get(kind, 0.0)
-        if own and shared + parallel * own > there + 1e-6:
-            most = int((there - shared + 1e-6) // own)
-            raise ResourceError(
-                f"parallel={parallel} trials need {shared + parallel * own:g} {kind}s ({shared:g} for what they share, "
-                f"{own:g} for each trial's trainer), the cluster has {there:g}; the most that fit are {most}: set "
-                f"--parallel {most}, lower trainer.{field}, or add nodes"
-            )
-
-
 def sharing_line(shared: Mapping[str, Any]) -> str:
     """What sharing saved, in words."""
+    if not shared:
+        return "what the trials shared is not known: their host did not say"
     rows, pools = shared["teacher_rows"], shared["pools"]
     text = (
         f"the teachers computed {rows['computed_rows']:,} rows and answered {rows['kept_rows']:,} more from those kept"
     )
     return f"{text}; {pools['rollouts']} rollout pools, {pools['teachers']} teacher pools, {shared['datasets']} data sets read"
-
-
-def _check_identity(sweep: Sweep, retry_failed: bool) -> None:
-    """A sweep that goes on is the one that was begun; UserError with the differences, or if it is over."""
-    path, now = sweep.folder / IDENTITY_FILE, json.loads(json.dumps(sweep.identity()))
-    if not path.exists():
-        path.write_text(json.dumps(now, indent=1) + "\n")
-        return
-    before = _flat(json.loads(path.read_text()))
-    changed = [
-        f"{key} was {before.get(key)!r}, is {value!r}" for key, value in _flat(now).items() if before.get(key) != value
-    ]
-    way_out = "choose another --name, or start anew with --resume never, which sets the old folder aside"
-    if changed:
-        raise UserError(
-            f"sweep {sweep.name!r} cannot go on with other settings: {'; '.join(changed)}. Take them back, {way_out}"
-        )
-    statuses = [trial["status"] for trial in trials_of(sweep.folder)]
-    again = retry_failed and "failed" in statuses
-    if sum(status in OVER for status in statuses) >= sweep.num_trials and not again:
-        raise UserError(f"sweep {sweep.name!r} has finished (see {sweep.folder}); {way_out}")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def _set_aside(folder: Path) -> None:

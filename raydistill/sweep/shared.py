@@ -36,21 +36,13 @@ class SharedPools:
 
     def lease(self, run: str, config: Config) -> Pools:
         """The pools of one run, until `release`."""
-        needs = {
-            "rollouts": (_engine_of(config), _actors_of(config.rollout)) if config.needs_rollout_pool else None,
-            "teachers": (config.teacher, _actors_of(config.teacher)) if config.needs_teacher else None,
-            "evaluator": ("any student", config.evaluation.num_gpus),
-            "trainers": ("any job", None),
-        }
         pools = Pools(num_adapters=self._num_adapters)
-        for name, need in needs.items():
-            if need is None:
-                continue
-            slot = self._slot_of(name, *need)
+        for name, (holds, kind) in pool_needs(config).items():
+            slot = self._slot_of(name, holds, kind)
             if slot is None:
-                slot = _Slot(holds=need[0], kind=need[1], pool=self._makers[name](config))
+                slot = _Slot(holds=holds, kind=kind, pool=self._makers[name](config))
                 self._slots[name].append(slot)
-            slot.holds = need[0]
+            slot.holds = holds
             slot.runs.add(run)
             setattr(pools, name, slot.pool)
         return pools
@@ -81,6 +73,19 @@ class SharedPools:
         for slots in self._slots.values():
             for slot in slots:
                 await slot.pool.close()
+
+
+def pool_needs(config: Config) -> dict[str, tuple[object, object]]:
+    """Of each pool that a run needs: what its actors are to hold, and what they are started as. An idle pool can be given
+    something else to hold; its actors stay what they were started as."""
+    needs: dict[str, tuple[object, object]] = {}
+    if config.needs_rollout_pool:
+        needs["rollouts"] = (_engine_of(config), _actors_of(config.rollout))
+    if config.needs_teacher:
+        needs["teachers"] = (config.teacher, _actors_of(config.teacher))
+    needs["evaluator"] = ("any student", config.evaluation.num_gpus)
+    needs["trainers"] = ("any job", None)
+    return needs
 
 
 def _engine_of(config: Config) -> object:

@@ -9,6 +9,7 @@ adapter = [{ rank = 8, alpha = 16 }, { rank = 16, alpha = 32 }]    # fields of o
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import statistics
@@ -156,13 +157,23 @@ def spread(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gathered(space: Mapping[str, Values], point: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `spread`: one value for each entry of the space."""
+    """The inverse of `spread`: one value for each entry of the space, a listed one as the space has it. The point may have
+    been through JSON, which turns tuples into lists."""
     return {
-        name: {leaf.removeprefix(f"{name}."): value for leaf, value in point.items() if leaf.startswith(f"{name}.")}
-        if name not in point
-        else point[name]
-        for name in space
+        name: _listed(
+            values,
+            point[name]
+            if name in point
+            else {leaf.removeprefix(f"{name}."): one for leaf, one in point.items() if leaf.startswith(f"{name}.")},
+        )
+        for name, values in space.items()
     }
+
+
+def _listed(values: Values, value: Any) -> Any:
+    if not isinstance(values, Choice):
+        return value
+    return next((one for one in values.values if json.dumps(one) == json.dumps(value)), value)
 
 
 def grid_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:

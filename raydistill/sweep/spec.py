@@ -1,7 +1,7 @@
 """What a sweep file says, checked before anything starts: base config, search space, sampler, scheduler.
 
 # tune/lr_offpolicy.toml
-base = ["@configs/demo.toml"]               # config files, relative to the current directory
+base = ["@configs/demo.toml"]               # config files, unless the command line names some
 metric = "evaluate/kl_nats"                 # what trials are ranked by (the last evaluation of each)
 
 [settings]                                  # of every trial
@@ -68,7 +68,9 @@ class SweepFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str | None = Field(None, pattern=NAME_PATTERN, description="of the sweep's folder; unset: the file's name")
     description: str = Field("", description="one line about what is asked")
-    base: tuple[str, ...] = Field((), description="config files as on a command line: '@configs/demo.toml'")
+    base: tuple[str, ...] = Field(
+        (), description="config files where the command line names none: '@configs/demo.toml'"
+    )
     metric: str = Field(DEFAULT_METRIC, description="what trials are ranked by: a metric of an evaluation")
     mode: Literal["min", "max"] | None = Field(None, description="which end is best; unset: follows from the metric")
     sampler: Literal["grid", "random", "optuna"] = Field("grid", description="how points of the space are chosen")
@@ -118,8 +120,10 @@ class Sweep:
         return with_values(self.base, {**point, "run.name": run}, f"sweep {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        """What may not change when an interrupted sweep goes on."""
+        """What may not change when an interrupted sweep goes on. points: in their order, which names the trials; None where
+        a searcher chooses them."""
         return {
+            "points": self.points,
             "space": {field: repr(values) for field, values in self.space.items()},
             "settings": json.loads(
                 self.base.model_dump_json(
@@ -131,7 +135,7 @@ class Sweep:
 
 
 def load_sweep(path: Path, arguments: Sequence[str] = (), **changes: Any) -> Sweep:
-    """Read a sweep file; later `arguments` (@file.toml, --section.field value) win over its settings.
+    """Read a sweep file. An @file.toml of `arguments` replaces its base; its settings stay, --section.field values win.
 
     changes: keys of the file that the command line sets (name, parallel, num_samples, ...); None leaves the file's.
     """
@@ -151,7 +155,9 @@ def load_sweep(path: Path, arguments: Sequence[str] = (), **changes: Any) -> Swe
         raise ConfigError("\n".join(problems))
     if not file.space and not file.seeds:
         raise ConfigError(f"{path}: nothing varies; name fields and their values in [space], or seeds")
-    given = (*file.base, *override({"teacher.cache_gib": file.cache_gib} | dict(file.settings)), *arguments)
+    # The models, data and world of a base are one whole: of two bases neither would be what somebody asked for.
+    base_files = () if any(argument.startswith("@") for argument in arguments) else file.base
+    given = (*base_files, *override({"teacher.cache_gib": file.cache_gib} | dict(file.settings)), *arguments)
     base = load_config(given).config
     space: dict[str, Values] = {}
     for name, written in file.space.items():

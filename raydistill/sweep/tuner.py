@@ -8,6 +8,7 @@ behind may have forgotten a trial that had begun. `sweep.json` knows them all. T
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -60,8 +61,7 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
     now = SweepState.of(sweep).trials
     new = sweep.num_trials - len(named)
     if new > 0 and all(trial.status in OVER for trial in now.values()):  # else it was interrupted
-        space = {field: _domain(values) for field, values in sweep.space.items()}
-        _tune(sweep, host, callback, space, TuneConfig(search_alg=_searcher(sweep), num_samples=new))
+        _tune(sweep, host, callback, _domains(sweep), TuneConfig(search_alg=_searcher(sweep), num_samples=new))
 
 
 def _tune(sweep: Sweep, host: Any, callback: Callback, space: Mapping[str, Any], config: TuneConfig) -> None:
@@ -117,6 +117,7 @@ def _trial(parameters: Mapping[str, Any], sweep_name: str, host: Any) -> None:
 
 
 def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
+    # No time limits: between two evaluations may lie days. A host that dies ends the wait; one that hangs does not.
     done = host.run.remote(name, point)
     is_over = False
     try:
@@ -133,6 +134,10 @@ def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
             host.stop.remote(name)
 
 
+def _domains(sweep: Sweep) -> dict[str, Any]:
+    return {field: _domain(values) for field, values in sweep.space.items()}
+
+
 def _domain(values: Values) -> Any:
     if isinstance(values, Choice):
         return tune.choice(list(values.values))
@@ -146,15 +151,39 @@ def _searcher(sweep: Sweep) -> Searcher:
     """Optuna, which knows what earlier lives of the sweep found; their draws are not drawn again."""
     from ray.tune.search.optuna import OptunaSearch
 
-    known, metric = SweepState.of(sweep).trials.values(), sweep.file.metric
-    found = [trial for trial in known if metric in trial.metrics]
-    return OptunaSearch(
-        metric=metric,
-        mode=sweep.mode,
-        seed=sweep.base.run.seed + len(known),
-        points_to_evaluate=[gathered(sweep.space, trial.values) for trial in found] or None,
-        evaluated_rewards=[trial.metrics[metric] for trial in found] or None,
-    )
+    seed = sweep.base.run.seed + len(SweepState.of(sweep).trials)
+    name = sweep.file.metric
+    return OptunaSearch(metric=name, mode=sweep.mode, seed=seed, storage=found_before(sweep), study_name=sweep.name)
+
+
+def found_before(sweep: Sweep) -> Any:
+    """Optuna's storage, with what earlier lives of the sweep found as the study that has the sweep's name.
+
+    The metric of a trial that ASHA stopped is of an early version, and no result of its point: as a pruned one, Optuna ranks
+    it behind all that finished. That of a failed trial says nothing, and Optuna takes nothing that is no number.
+    """
+    import optuna
+    from optuna.trial import TrialState
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.InMemoryStorage()
+    direction = "minimize" if sweep.mode == "min" else "maximize"
+    study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
+    distributions = OptunaSearch.convert_search_space(_domains(sweep))
+    states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+    for trial in SweepState.of(sweep).trials.values():
+        value = trial.metrics.get(sweep.file.metric, math.nan)
+        if trial.status in states and math.isfinite(value):
+            found = optuna.trial.create_trial(
+                state=states[trial.status],
+                value=value,
+                params=gathered(sweep.space, trial.values),
+                distributions=distributions,
+                intermediate_values={0: value},
+            )
+            study.add_trial(found)
+    return storage
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:

@@ -8,11 +8,11 @@ import pytest
 from run_helpers import QUIET, losses, sweep_file, trial_config
 
 from raydistill.config import Config
-from raydistill.errors import ResourceError, UserError
+from raydistill.errors import UserError
 from raydistill.launch import Pools, run
 from raydistill.results.record import read_record
-from raydistill.sweep.run import check_parallel, run_sweep
-from raydistill.sweep.spec import Sweep, load_sweep
+from raydistill.sweep.run import run_sweep
+from raydistill.sweep.spec import load_sweep
 from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -60,27 +60,3 @@ def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_confi
 
     with pytest.raises(UserError, match="has finished"):
         run_sweep(sweep)
-
-
-def test_more_trials_at_a_time_than_fit_are_refused_with_the_most_that_do(make_config: Any) -> None:
-    config = make_config(trainer={"num_cpus": 2}, teacher={"num_cpus": 1}, rollout={"num_cpus": 0.5})
-    check_parallel(config, 3, {"CPU": 8.0})
-    with pytest.raises(ResourceError, match=r"the most that fit are 3: set --parallel 3"):
-        check_parallel(config, 4, {"CPU": 8.0})
-
-
-def sweep_of(make_config: Any, tmp_path: Path, **changes: Any) -> Sweep:
-    config = short_config(make_config, tmp_path / "out", **changes)
-    return load_sweep(sweep_file(tmp_path / "s.toml", config, '"trainer.learning_rate" = [1e-3]'))
-
-
-def test_a_sweep_of_other_settings_does_not_go_on_in_the_same_folder(make_config: Any, tmp_path: Path) -> None:
-    from raydistill.sweep.run import _check_identity
-
-    first = sweep_of(make_config, tmp_path)
-    first.folder.mkdir(parents=True)
-    _check_identity(first, retry_failed=False)
-    _check_identity(first, retry_failed=False)
-    other = sweep_of(make_config, tmp_path, quant={"format": "int4"})
-    with pytest.raises(UserError, match=r"quant.format was 'int2', is 'int4'.*--resume never"):
-        _check_identity(other, retry_failed=False)

@@ -1,5 +1,7 @@
 """Ray Tune gets what is left of a sweep, by the sweep's own word, whatever a killed process left of Tune's state."""
 
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,37 @@ from raydistill.sweep.tuner import run_trials
 pytestmark = pytest.mark.ray
 
 TOGETHER = '[space]\nquant = [{ format = "int2" }, { format = "nf4", symmetric = true, scale = "absmax" }]'
-RATES = '[space]\n"trainer.learning_rate" = { log_range = [1e-4, 1e-2] }'
+RATES = """[space]
+"trainer.learning_rate" = { log_range = [1e-4, 1e-2] }
+"adapter.targets" = [["q_proj"], ["q_proj", "v_proj"]]"""
 
 
-def start_host() -> Any:
-    """Stands for the sweep's host: a run is over at once."""
+def start_host(num_reports: int = 0) -> Any:
+    """Stands for the sweep's host: a run is over once its evaluations were asked for; all of a trial have its learning rate
+    as their value."""
 
     class Host:  # local, so that it is pickled whole: Ray's workers cannot import this file
         def __init__(self) -> None:
             self.asked: list[tuple[str, dict[str, Any]]] = []
+            self.rates: dict[str, float] = {}
+            self.told: dict[str, int] = {}
+            self.stopped: list[str] = []
 
         def run(self, name: str, point: dict[str, Any]) -> dict[str, Any]:
             self.asked.append((name, point))
-            rate = float(point.get("trainer.learning_rate", 1e-3))
+            rate = self.rates[name] = float(point.get("trainer.learning_rate", 1e-3))
             rows = {"life": "a", "teacher_rows": {}, "pools": {}, "datasets": 0, "cpu_s": 0.0, "time_s": 0.0}
             return {"metrics": {"evaluate/kl_nats": rate}, "seconds": {}, "shares": rows}
 
-        def next_report(self, name: str) -> None:
-            return None
+        def next_report(self, name: str) -> dict[str, float] | None:
+            told = self.told[name] = self.told.get(name, 0) + 1
+            return {"version": float(told), "evaluate/kl_nats": self.rates[name]} if told <= num_reports else None
 
         def stop(self, name: str) -> None:
-            return None
+            self.stopped.append(name)
+
+        def was_stopped(self) -> list[str]:
+            return self.stopped
 
         def heard(self) -> list[tuple[str, dict[str, Any]]]:
             return self.asked
@@ -81,9 +93,37 @@ def test_optuna_goes_on_with_what_it_had_begun_and_found(ray_cluster: Any, tmp_p
     state = SweepState.of(more)
     killed = min(begun)
     state.change(killed, status="running")
+    state.change(max(begun), metrics={"evaluate/kl_nats": math.nan})
     after = asked_for(more)
     assert len(after) == 3
     assert after[killed] == begun[killed]
     rates = [point["trainer.learning_rate"] for point in {**begun, **after}.values()]
     assert len(set(rates)) == 4, "a draw of the first life was drawn again"
     assert SweepState.of(more).counts() == {"finished": 4}
+
+
+def test_a_trial_that_lags_is_stopped_and_its_run_with_it(ray_cluster: Any, tmp_path: Path) -> None:
+    space = '[asha]\ngrace_steps = 1\n[space]\n"trainer.learning_rate" = [1e-3, 2e-2, 3e-2]'
+    sweep, host = swept(tmp_path, space, scheduler="asha"), start_host(num_reports=3)
+    run_trials(sweep, host, SweepRecorder(sweep))
+    trials = SweepState.of(sweep).trials
+    stopped = wait_until_stopped(host, 2)
+    ray.kill(host)
+    assert {run: trial.status for run, trial in trials.items()} == {
+        "lr-000": "finished",
+        "lr-001": "stopped",
+        "lr-002": "stopped",
+    }
+    assert trials["lr-001"].error == "the scheduler stopped it at version 1"
+    assert trials["lr-001"].metrics == {"evaluate/kl_nats": 2e-2}
+    assert sorted(stopped) == ["lr-001", "lr-002"]
+
+
+def wait_until_stopped(host: Any, number: int) -> list[str]:
+    """The runs that the host was told to stop: their trials' processes say so on their way out, and nobody waits for it."""
+    until = time.monotonic() + 30
+    while True:
+        stopped: list[str] = ray.get(host.was_stopped.remote(), timeout=30)
+        if len(stopped) >= number or time.monotonic() > until:
+            return stopped
+        time.sleep(0.1)

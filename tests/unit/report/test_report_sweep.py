@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from raydistill.errors import UserError
 from raydistill.report import sweep_page
 from raydistill.report.importance import importance
 from raydistill.report.page import Picture
-from raydistill.report.report import sweep_folder
+from raydistill.report.report import report_command, sweep_folder
 from raydistill.report.sweep import Estimate, ranked, read_sweep
 from raydistill.report.sweep_page import table_markdown, table_rows, write_sweep_page
 from raydistill.report.sweep_plots import field_of_curve, short_names
@@ -107,6 +108,8 @@ def test_every_file_is_written_again_and_again_whatever_has_finished(
     monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
     some = {"all": None, "none": [], "failed": [trial(1, None, "failed", HOSTILE, trainer__learning_rate=1.0)]}[trials]
     folder = write_sweep(tmp_path / "rates", some)
+    if trials == "none":
+        (folder / "record.jsonl").unlink()
     for _ in range(2):
         written = write_sweep_page(folder)
         for path in (written.page, written.markdown, written.csv, written.json, *written.plots.values()):
@@ -114,13 +117,33 @@ def test_every_file_is_written_again_and_again_whatever_has_finished(
     assert not list(folder.rglob(".*.new")), "nothing half-written is left"
     page = written.page.read_text()
     assert page.count("<script>") == 1
+    assert ('id="settings"' in page) == (trials != "none"), "they are in the sweep's record"
     assert json.loads(written.json.read_text())["mode"] == "min"
     if trials == "all":
         rows = list(csv.DictReader(written.csv.open()))
         assert float(rows[0]["evaluate/kl_nats mean"]) == pytest.approx(1.05e-4)
         assert (rows[0]["runs"], rows[0]["n"]) == ("rates-03 rates-04", "2")
         assert "It is clearly better than the next one" in page
-        assert set(written.plots) == {"parallel", "curve"}
+        assert list(written.plots) == ["importance", "curve", "parallel"]
+        assert re.search(r'alt="importance: \S+ \d+ %, \S+ \d+ %"', page)
+        settings = page[page.index('id="settings"') :]
+        assert "trainer.num_steps" in settings
+        assert "trainer.learning_rate" not in settings, "it varies: the base's value is nobody's"
+
+
+def test_a_page_elsewhere_needs_no_folder_there_and_writes_nothing_beside_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
+    folder = write_sweep(tmp_path / "rates")
+    before = sorted(path.name for path in folder.rglob("*"))
+    to = tmp_path / "not" / "there" / "x.html"
+    assert report_command([str(folder), "-o", str(to)]) == 0
+    assert "Ranked table" in to.read_text()
+    assert capsys.readouterr().out.strip() == str(to)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    assert report_command([str(folder)]) == 0
+    assert (folder / "page.html").exists()
 
 
 def test_the_curve_is_over_the_learning_rate_else_over_another_number(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from raydistill.results.deliver import deliver, deliver_all, destination_in_reco
 from raydistill.results.delivery import read_state
 from raydistill.results.record import RunRecord
 from raydistill.results.record_lines import start_of
-from raydistill.results.run_folders import LOCK, is_at_work, run_folders
+from raydistill.results.run_folders import LOCK, is_at_work, record_folders, run_folders
 from raydistill.results.sinks import SINKS, Sink, check_results
 from raydistill.results.store import default_uri
 from raydistill.results.translate import Parcel
@@ -72,6 +72,18 @@ def test_run_folders_are_found_in_runs_and_in_an_output_folder_but_not_among_art
     assert [folder.name for folder in run_folders(tmp_path)] == ["a", "b"]
     assert run_folders(tmp_path) == run_folders(tmp_path / "runs")
     assert run_folders(tmp_path / "nowhere") == []
+    finished(tmp_path / "sweeps" / "rates")
+    assert [folder.name for folder in run_folders(tmp_path)] == ["a", "b"], "a sweep is no run"
+    assert [folder.name for folder in record_folders(tmp_path)] == ["a", "b", "rates"]
+
+
+def test_all_of_an_output_folder_is_its_runs_and_its_sweeps(tmp_path: Path) -> None:
+    sweep = finished(tmp_path / "sweeps" / "rates")
+    finished(tmp_path / "runs" / "rates-000", parent=sweep)
+    store = FakeStore()
+    assert deliver_all(tmp_path, "fake://", open_store=lambda _: store)
+    assert names(store) == ["rates", "rates-000"]
+    assert [run.get("parent") for run in store.runs.values()] == [None, "run0"]
 
 
 def test_every_run_below_a_folder_is_delivered_once_and_parents_come_first(tmp_path: Path) -> None:

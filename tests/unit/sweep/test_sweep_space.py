@@ -1,5 +1,6 @@
 """The search space: which points a grid has, what is drawn, and what is refused."""
 
+import json
 import random
 
 import pytest
@@ -92,6 +93,16 @@ def test_what_varies_together_is_spread_and_gathered_again() -> None:
     written = {"quant": {"format": "int2", "scale": "absmax"}, "a": 2}
     assert spread(written) == {"quant.format": "int2", "quant.scale": "absmax", "a": 2}
     assert gathered(space, spread(written)) == written
+
+
+def test_what_was_listed_is_the_same_value_after_a_way_through_a_file() -> None:
+    space = {
+        "adapter.targets": values([["q_proj"], ["q_proj", "v_proj"]]),
+        "quant": values([{"format": "int2", "skip": ("lm_head",)}]),
+        "a": values({"range": [1, 3]}, needs_grid=False),
+    }
+    point = {"adapter.targets": ("q_proj", "v_proj"), "quant": {"format": "int2", "skip": ("lm_head",)}, "a": 2}
+    assert gathered(space, json.loads(json.dumps(spread(point)))) == point
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from raydistill.config import Config
 from raydistill.errors import ConfigError
 from raydistill.sweep.spec import Sweep, load_sweep
 
@@ -69,6 +70,22 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         tmp_path, text, "--trainer.num_steps", "6", sampler="random", num_samples=4, parallel=None, name="beta"
     )
     assert (found.base.trainer.num_steps, found.num_trials, found.file.parallel, found.name) == (6, 4, 2, "beta")
+
+
+def test_a_config_on_the_command_line_takes_the_place_of_the_base_and_the_settings_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "mine.toml").write_text(
+        '[student]\nmodel = "me/student"\n[data]\npath = "rows.jsonl"\n[objective]\nbeta = 0.3\ntop_k = 7\n'
+    )
+    file, mine = ROOT / "tune" / "lr_offpolicy.toml", f"@{tmp_path / 'mine.toml'}"
+    shipped, own = load_sweep(file).base, load_sweep(file, [mine, "--objective.top_k", "9"]).base
+    assert (shipped.world.name, shipped.data.max_rows) == ("stories", 3500)
+    assert (own.world.name, own.student.model, own.teacher.model) == ("none", "me/student", None)
+    assert (own.data.path, own.data.max_rows, own.data.eval_path) == (Path("rows.jsonl"), None, None)
+    assert (own.run.output, own.evaluation.exact_match) == (Path("outputs"), Config().evaluation.exact_match)
+    assert (own.objective.on_policy_fraction, own.objective.beta, own.objective.top_k) == (0.0, 0.0, 9)
 
 
 def test_what_is_best_follows_from_the_metric(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Whether a sweep that goes on is the one that was begun: what its folder holds against what is asked now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from raydistill.errors import UserError
+from raydistill.sweep.spec import Sweep
+from raydistill.sweep.state import OVER, trials_of
+
+IDENTITY_FILE = "identity.json"
+POINTS = "points"
+
+
+def check_identity(sweep: Sweep, retry_failed: bool) -> None:
+    """A sweep that goes on is the one that was begun; UserError with the differences, or if it is over."""
+    path, now = sweep.folder / IDENTITY_FILE, json.loads(json.dumps(sweep.identity()))
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=1) + "\n")
+        return
+    changed = list(_differences(json.loads(path.read_text()), now))
+    way_out = "choose another --name, or start anew with --resume never, which sets the old folder aside"
+    if changed:
+        raise UserError(
+            f"sweep {sweep.name!r} cannot go on with other settings: {'; '.join(changed)}. Take them back, {way_out}"
+        )
+    statuses = [trial["status"] for trial in trials_of(sweep.folder)]
+    again = retry_failed and "failed" in statuses
+    if sum(status in OVER for status in statuses) >= sweep.num_trials and not again:
+        raise UserError(f"sweep {sweep.name!r} has finished (see {sweep.folder}); {way_out}")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Each key that is not the same, or that one side lacks; the points only where nothing else explains them."""
+    old, new = _flat(before), _flat(now)
+    is_same = True
+    for key in dict.fromkeys([*old, *new]):
+        if key != POINTS and (key not in old or key not in new or old[key] != new[key]):
+            is_same = False
+            yield f"{key} was {_told(old, key)}, is {_told(new, key)}"
+    if is_same and old.get(POINTS) != new.get(POINTS):
+        yield _other_point(old.get(POINTS) or [], new.get(POINTS) or [])
+
+
+def _other_point(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str:
+    """A trial is named by the place of its point: the first place where another one stands now."""
+    place = next((k for k, (one, other) in enumerate(zip(old, new, strict=False)) if one != other), None)
+    if place is None:
+        return f"the sweep had {len(old)} points, has {len(new)}"
+    return f"trial {place:03d} was {_words(old[place])}, is {_words(new[place])}"
+
+
+def _words(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field}={value}" for field, value in point.items())
+
+
+def _told(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not there"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
