@@ -34,6 +34,7 @@ from raydistill.results.record_lines import (
     read_spans,
     write_whole,
 )
+from raydistill.results.translate import leaves
 
 __all__ = ["RunRecord", "read_record", "read_spans"]
 Status = Literal["finished", "failed", "interrupted"]
@@ -134,16 +135,20 @@ class RunRecord:
         with _disk_errors(self.path):
             os.fsync(self._file.fileno())
 
-    def cut_back(self, step: int) -> None:
+    def cut_back(self, step: int, config: Mapping[str, Any] | None = None) -> None:
         """Forget everything that a run resumed at `step` does again; atomic: a crash leaves the old or the new file.
 
         Kept: steps and spans below `step`, evaluations and samples of versions up to `step`, syncs of versions below
         it (the resumed run loads version `step` anew), warnings, artifacts, and the start.
+
+        `config`: the settings that the run goes on with. From here on they are those of the start line, which every reader
+        asks; the resume line has what they were before, where they differ.
         """
         with self._lock, _disk_errors(self.path):
             self._file.close()
             kept = [cut for line in read_record(self.path.parent) if (cut := cut_line(line, step)) is not None]
-            kept.append({"kind": "resume", "time_s": time.time(), "step": step})
+            changed = {} if config is None else _set_anew(kept, scrub(dict(config)))
+            kept.append({"kind": "resume", "time_s": time.time(), "step": step, "changed": changed})
             temporary = self.path.with_suffix(".cut")
             with temporary.open("wb") as file:
                 file.write(b"".join(encode_line(line) for line in kept))
@@ -181,6 +186,18 @@ class RunRecord:
             self._evaluated.add(line["version"])
         elif line["kind"] == "samples":
             self._sampled.add(line["version"])
+
+
+def _set_anew(lines: Sequence[Line], config: dict[str, Any]) -> dict[str, Any]:
+    """Put other settings into the start line; returns those that change: `{"trainer.num_steps": {"was": 3, "is": 5}}`."""
+    for line in lines:
+        if line["kind"] == "start":
+            was, now = leaves(line["config"]), leaves(config)
+            names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+            if names:
+                line["config"] = config
+            return {name: {"was": was.get(name), "is": now.get(name)} for name in names}
+    return {}
 
 
 @contextmanager

@@ -35,16 +35,16 @@ def recorded(
 ) -> Iterator[RunRecord]:
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
-    A record that is there already is cut back to step `resume_at` and goes on. `parent` is the record id of the run that this
-    one belongs to. With `delivers` false somebody else delivers it (`start_delivery(..., under=True)`), with
-    `results.deliver` false nobody does yet.
+    A record that is there already is cut back to step `resume_at` and goes on, with the settings of now. `parent` is the
+    record id of the run that this one belongs to. With `delivers` false somebody else delivers it
+    (`start_delivery(..., under=True)`), with `results.deliver` false nobody does yet.
     A store that does not answer delays delivery and nothing else: one warning says how to deliver later. `limit` of some
     seconds is how many of them are left, for a run that was stopped.
     """
     record = RunRecord(folder)
     settings = json.loads(config.model_dump_json())
     if record.is_started:
-        record.cut_back(resume_at)
+        record.cut_back(resume_at, settings)
     else:
         record.start(
             name=folder.name,

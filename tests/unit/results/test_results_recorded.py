@@ -13,7 +13,7 @@ from raydistill.config import Config
 from raydistill.errors import RunError, RunStopped
 from raydistill.results import recorded as recorded_module
 from raydistill.results.deliver import FINISH_S
-from raydistill.results.record_lines import read_record
+from raydistill.results.record_lines import read_record, start_of
 from raydistill.results.recorded import STOPPED_S, recorded
 
 
@@ -36,6 +36,16 @@ def delivery(monkeypatch: pytest.MonkeyPatch) -> Delivery:
     monkeypatch.setattr(recorded_module, "start_delivery", lambda *_: found)
     monkeypatch.setattr(recorded_module, "collect", dict)
     return found
+
+
+def test_other_settings_of_a_resume_are_those_of_the_record(tmp_path: Path, delivery: Delivery) -> None:
+    for num_steps in (3, 5):
+        config = Config.model_validate({"trainer": {"num_steps": num_steps}})
+        with recorded(tmp_path / "one", config, Console(file=io.StringIO()), delivers=False):
+            pass
+    start = start_of(tmp_path / "one")
+    assert start is not None
+    assert start["config"]["trainer"]["num_steps"] == 5
 
 
 @pytest.mark.parametrize(
