@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import LostError, ResourceError, RunError, UserError
+from raydistill.errors import LostError, ResourceError, RunError, UserError, disk_errors
 from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import PATIENCE_S, Pools
@@ -361,10 +361,10 @@ class Launch:
         record.artifact("checkpoint", checkpoint)
         record.artifact("export", export)
         plots = self._folder / "plots"
-        plots.mkdir(exist_ok=True)
         spans = read_spans(self._folder)
-        record.artifact("training", plot_training(read_record(self._folder), plots / "training.png"))
-        record.artifact("spans", plot_spans(spans, plots / "spans.png"))
+        with disk_errors(f"the run's plots to {plots}"):
+            record.artifact("training", plot_training(read_record(self._folder), plots / "training.png"))
+            record.artifact("spans", plot_spans(spans, plots / "spans.png"))
         line, times = bottleneck(spans), stage_times(spans)
         rate = await attempt.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None
         say(self._console, line, style="dim")

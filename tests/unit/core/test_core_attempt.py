@@ -1,19 +1,24 @@
 """How an attempt at a run ends: how much patience its ranks meet, and who is ended after whom."""
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from raydistill import attempt as attempt_module
 from raydistill.attempt import Attempt
 from raydistill.config import Config
-from raydistill.errors import LostError, RunStopped
+from raydistill.errors import LostError, RunError, RunStopped
 from raydistill.launch import CLOSE_S, Launch
+from raydistill.messages import Exported
 from raydistill.recovery.resume import ResumePoint
+from raydistill.report import plots
 from raydistill.roles import PATIENCE_S, Pools
 from raydistill.trainer.crew import GIVE_UP_S, HURRY_S
 
@@ -120,10 +125,31 @@ def test_pools_of_a_run_that_was_stopped_are_closed_in_a_hurry(
         run = stopped
 
     monkeypatch.setattr(attempt_module, "Attempt", Attempts)
-    launch: Any = Launch(Config(), None, SimpleNamespace(print=lambda *_, **__: None))  # type: ignore[arg-type]
+    launch: Any = Launch(Config(), None, Console(quiet=True))
     launch._folder, launch._inputs, launch._pools = tmp_path, None, Pools(rollouts=Pool(), trainers=Pool())
     if is_stopped:
         launch._clock.start()
     with pytest.raises(RunStopped):
         asyncio.run(launch._train(SimpleNamespace(last_step=None), START))
     assert events == [None, CLOSE_S if is_stopped else PATIENCE_S]
+
+
+def test_plots_that_do_not_fit_the_disk_end_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def export(*_: Any) -> Exported:
+        return Exported(codes_hash="c")
+
+    monkeypatch.setattr(plots, "plot_training", full)
+    launch: Any = Launch(Config(), None, Console(quiet=True))
+    launch._folder = tmp_path
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "checkpoint.json").write_text("{}")
+    attempt: Any = SimpleNamespace(evaluator=SimpleNamespace(export_checkpoint=export))
+    keeper: Any = SimpleNamespace(best_version=2, folder=lambda version: tmp_path / "step")
+    record: Any = SimpleNamespace(artifact=lambda name, path: None)
+    with pytest.raises(RunError, match=r"^cannot write the run's plots to .*plots: No space left on device"):
+        asyncio.run(launch._export(record, attempt, keeper, None))
