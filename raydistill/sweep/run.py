@@ -88,7 +88,7 @@ def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:
         with _host(sweep, record_id) as host, _sigterm_as_sigint():
             run_trials(sweep, host, recorder, retry_failed)
             state = SweepState.of(sweep)  # as Tune's own copy of the recorder left it
-            state.share(ray.get(host.shares.remote()))
+            state.share(ray.get(host.shares.remote(), timeout=SHUTDOWN_TIMEOUT_S))
             state.pause()
         page = write_sweep_page(sweep.folder)
         record.table("trials", page.rows, page.markdown.read_text())

@@ -56,11 +56,13 @@ class TrainerCrew:
         self._config = config
         # On the driver's node: whatever other node is lost, the ranks keep their feed.
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+        self._name = f"crew-{uuid.uuid4().hex[:8]}"
+        feed: Any = ray.remote(Feed).options(
+            name=f"feed-{self._name}", num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+        )
         self.feed = feed.remote(config.trainer.num_workers)
         self._number = -1
         self.failure: BaseException | None = None
-        self._name = f"crew-{uuid.uuid4().hex[:8]}"
         self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
         self._thread.start()
 
