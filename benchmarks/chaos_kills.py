@@ -112,7 +112,7 @@ class Striker:
         self._checkpoint = -1  # the newest one at the last kill
 
     def strike(self, kill: Kill) -> Hit | None:
-        """Wait for the moment, kill, wait for the next new step. None if the moment does not come."""
+        """Wait for the moment, kill, wait for the next new step. None if the moment does not come, or the victim has gone."""
         record = self._record
 
         def is_due() -> bool:
@@ -121,11 +121,12 @@ class Striker:
 
         if not self._until(is_due, RECOVER_S) or not self._until(lambda: self._is_now(kill), MOMENT_S, MOMENT_POLL_S):
             return None
-        pid = self._nodes.workers().newest(TITLES[kill.victim]) if kill.victim in TITLES else None
+        pid = None
+        if kill.victim in TITLES:
+            pid = self._nodes.workers().newest(TITLES[kill.victim])
+            if pid is None or not _has_signalled(pid, kill.number):
+                return None
         struck = time.monotonic()
-        if pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, kill.number)
         record.read()
         hit, before = Hit(at_step=record.last + 1, pid=pid), record.highest
         self._checkpoint = record.checkpoint
@@ -164,6 +165,14 @@ class Striker:
             return newest(BUSY[kill.moment]) is not None
         trainer = newest(TITLES["trainer"])
         return trainer is not None and not any(newest(title) for title in BUSY.values()) and computes(trainer)
+
+
+def _has_signalled(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def steps_of(folder: Path) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ from raydistill.recovery.run_storage import RunStorage
 from raydistill.recovery.sampled import ReplayedRollouts, SampledTokens
 from raydistill.results.record import RunRecord
 from raydistill.roles import Handle, Pools, Roles, Sampled
-from raydistill.trainer.crew import GIVE_UP_S
+from raydistill.trainer.crew import GIVE_UP_S, HURRY_S
 from raydistill.trainer.group import TrainerGroup
 
 
@@ -72,49 +72,55 @@ class Attempt:
         self._crew = pools.trainers.lease(config)
         self._trainer = TrainerGroup(config, self._crew, inputs.probes(), folder, point.folder)
         self._name = folder.name
+        self._patience_s = GIVE_UP_S  # for a crew that is not done
 
     async def run(self, console: Console, seconds: dict[str, float]) -> LoopSummary:
         """Train from the attempt's checkpoint to the end; adds its start-up and training time to `seconds`."""
-        start, patience_s = time.time(), GIVE_UP_S
         try:
-            with spinner(console, "starting engines, teachers and trainer workers"):
-                await first_error(self._arm(), self._trainer.start())
-            self._record_engines()
-            if self._storage is not None:  # the ranks may have brought the first version by now
-                await asyncio.to_thread(self._storage.look)
-            armed = time.time()
-            seconds["start"] = seconds.get("start", 0.0) + armed - start
-            records = DriverRecords(
-                self._record,
-                console,
-                self._config.trainer.num_steps,
-                self._name,
-                self._keeper,
-                RayMetrics(self._name, self._pools.queue_depths),
-                self._point.version,
-                self._on_evaluation,
-                self._storage,
-            )
-            with records:
-                loop = DistillationLoop(self._config, self._roles(records), self._point.version, self._point.skipped)
-                summary = await loop.run()
-            await self._trainer.finish()
-            seconds["train"] = seconds.get("train", 0.0) + time.time() - armed
-            return summary
-        except RunStopped:
-            await self._trainer.finish()  # the ranks write their checkpoint
-            raise
-        except asyncio.CancelledError:
-            patience_s = 1.0  # somebody counts the seconds
+            try:
+                return await self._train(console, seconds)
+            except RunStopped:
+                await self._trainer.finish()  # the ranks write their checkpoint
+                raise
+        except asyncio.CancelledError:  # also while the ranks write
+            self._patience_s = HURRY_S
             raise
         finally:
             if self._trainer.is_done:
                 self._pools.trainers.give_back(self._crew)
             else:  # afterwards none of the ranks can write a checkpoint
-                await self._crew.end(patience_s)
+                await self._crew.end(self._patience_s)
+
+    async def _train(self, console: Console, seconds: dict[str, float]) -> LoopSummary:
+        start = time.time()
+        with spinner(console, "starting engines, teachers and trainer workers"):
+            await first_error(self._arm(), self._trainer.start())
+        self._record_engines()
+        if self._storage is not None:  # the ranks may have brought the first version by now
+            await asyncio.to_thread(self._storage.look)
+        armed = time.time()
+        seconds["start"] = seconds.get("start", 0.0) + armed - start
+        records = DriverRecords(
+            self._record,
+            console,
+            self._config.trainer.num_steps,
+            self._name,
+            self._keeper,
+            RayMetrics(self._name, self._pools.queue_depths),
+            self._point.version,
+            self._on_evaluation,
+            self._storage,
+        )
+        with records:
+            loop = DistillationLoop(self._config, self._roles(records), self._point.version, self._point.skipped)
+            summary = await loop.run()
+        await self._trainer.finish()
+        seconds["train"] = seconds.get("train", 0.0) + time.time() - armed
+        return summary
 
     async def stop(self) -> None:
         """Let the ranks checkpoint and leave; `run` then raises RunStopped."""
+        self._patience_s = HURRY_S  # from here on somebody counts the seconds
         await self._trainer.stop()
 
     async def _arm(self) -> None:

@@ -4,6 +4,9 @@ Entry points print a `UserError` as one line and exit with code 2; anything else
 The errors cross process borders, so each pickles: one message string, no other state.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Something the user gave us cannot work; the message names the field or file and a way out."""
@@ -64,3 +67,21 @@ class PolicyGapError(RunError):
 
 class StaleWeightsError(RunError):
     """An engine holds other weights than the version it was asked for."""
+
+
+@contextmanager
+def disk_errors(what: str, *others: type[Exception]) -> Iterator[None]:
+    """A disk that is full, read-only or gone is one clear line: `cannot write WHAT: ...`.
+
+    others: what libraries raise in place of an OSError.
+    """
+    try:
+        yield
+    except (OSError, *others) as error:
+        if isinstance(error, RunError):
+            raise  # a clear line already
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"cannot write {what}: {reason}; make room there (or fix the folder's permissions) and start the same command "
+            "again to resume"
+        ) from error

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import LostError, ResourceError, RunError, UserError
+from raydistill.errors import LostError, ResourceError, RunError, UserError, disk_errors
 from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
-from raydistill.roles import Pools
-from raydistill.signals import stop_on_signals
+from raydistill.roles import PATIENCE_S, Pools
+from raydistill.signals import StopClock, stop_on_signals
 
 if TYPE_CHECKING:
     from raydistill.attempt import Attempt
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Pools", "RunSummary", "make_pools", "run", "start_cluster"]
 SUMMARY_TABLE = "summary"
 """Of a finished run's record: its `RunSummary`."""
+CLOSE_S = 3.0  # for ranks that have written their checkpoint, where somebody waits for the end
 MAX_FAILURES = 3  # of the trainer group without a new checkpoint in between: its cause will not go away
 
 
@@ -196,6 +197,7 @@ class Launch:
         self._seconds: dict[str, float] = {}
         self._config = config
         self._attempt: Attempt | None = None
+        self._clock = StopClock()
         self._storage: RunStorage | None = None
 
     async def run(self) -> RunSummary:
@@ -228,7 +230,7 @@ class Launch:
             alone.enter_context(locked(self._folder))
             await alone.enter_async_context(held_async(stored, self._say))
             point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
-            async with settled(self._storage, self._console) as expected:
+            async with settled(self._storage, self._console, self._clock.limit) as expected:
                 # Everything from here on is in the run's record, failures included.
                 with (
                     recorded(
@@ -240,8 +242,9 @@ class Launch:
                         resume_at=point.version,
                         parent=self._within.parent,
                         delivers=self._within.parent is None,
+                        limit=self._clock.limit,
                     ) as record,
-                    stop_on_signals(self.stop, self._console),
+                    stop_on_signals(self.stop, self._console, self._clock),
                 ):
                     record.table("doctor", self._findings)
                     summary = await self._train(record, point)
@@ -310,9 +313,10 @@ class Launch:
                         raise RunError(f"{error}; it failed {failures} times without getting further") from error
                     self._warn(record, f"{error}; going on from the last checkpoint")
         finally:
-            await self._pools.end(self._folder.name)
             if self._own_pools:
-                await self._pools.close()
+                await self._pools.close(CLOSE_S if self._clock.is_started else PATIENCE_S)
+            else:
+                await self._pools.end(self._folder.name)
 
     def _go_on_at(self, point: ResumePoint, record: RunRecord) -> None:
         """Bring the record to where the checkpoint stands."""
@@ -357,10 +361,10 @@ class Launch:
         record.artifact("checkpoint", checkpoint)
         record.artifact("export", export)
         plots = self._folder / "plots"
-        plots.mkdir(exist_ok=True)
         spans = read_spans(self._folder)
-        record.artifact("training", plot_training(read_record(self._folder), plots / "training.png"))
-        record.artifact("spans", plot_spans(spans, plots / "spans.png"))
+        with disk_errors(f"the run's plots to {plots}"):
+            record.artifact("training", plot_training(read_record(self._folder), plots / "training.png"))
+            record.artifact("spans", plot_spans(spans, plots / "spans.png"))
         line, times = bottleneck(spans), stage_times(spans)
         rate = await attempt.rollouts.tokens_per_cpu_second() if config.needs_rollouts else None
         say(self._console, line, style="dim")

@@ -189,7 +189,11 @@ class DistillationLoop:
 
 
 def step_metrics(outcome: StepOutcome, reports: list[StageReport], wall_s: float) -> dict[str, float]:
-    """One step's metrics: the trainer's, the actors', and for each stage the busy seconds and tokens per second."""
+    """One step's metrics: the trainer's, the actors', and for each stage the busy seconds and tokens per busy second.
+
+    Seconds of rollouts and teachers are those of their actors added up, the trainer's those of rank 0: its ranks work at the
+    same time, so its tokens per second are those of the whole group.
+    """
     metrics = dict(outcome.metrics) | reduce_metrics([m for report in reports for m in report.metrics])
     metrics["loop/step_s"] = wall_s
     stages: dict[str, list[StageReport]] = defaultdict(list)
@@ -202,4 +206,7 @@ def step_metrics(outcome: StepOutcome, reports: list[StageReport], wall_s: float
         metrics[f"{stage}/busy_s"] = busy
         metrics[f"{stage}/wait_s"] = max(wall_s * num_actors - busy, 0.0)
         metrics[f"{stage}/tokens_per_s"] = sum(r.num_tokens for r in members) / busy if busy else 0.0
+    if "trainer/tokens" in metrics:
+        busy = metrics.get("trainer/busy_s", 0.0)
+        metrics["trainer/tokens_per_s"] = metrics["trainer/tokens"] / busy if busy else 0.0
     return metrics

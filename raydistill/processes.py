@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,21 @@ def this_process(name: str) -> Member:
     return Member(name=name, node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
 
 
-def end_process(member: Member) -> None:
-    """`kill -9` on the member's node; harmless if it has ended, or if its node is gone."""
-    where = NodeAffinitySchedulingStrategy(node_id=member.node_id, soft=False)
-    kill: Any = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where)
-    with suppress(ray.exceptions.RayError):
-        ray.get(kill.remote(member.pid), timeout=END_TIMEOUT_S)
+def end_processes(members: Sequence[Member], timeout_s: float = END_TIMEOUT_S) -> None:
+    """`kill -9` on the members' nodes; harmless for one that has ended, or whose node is gone.
+
+    timeout_s: of the answers of other nodes. Processes of this node are ended at once.
+    """
+    here, asked = ray.get_runtime_context().get_node_id(), []
+    for member in members:
+        if member.node_id == here:
+            _kill(member.pid)
+        else:
+            where = NodeAffinitySchedulingStrategy(node_id=member.node_id, soft=False)
+            kill: Any = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where)
+            asked.append(kill.remote(member.pid))
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
 
 
 def _kill(pid: int) -> None:

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
+from raydistill.config.fields import config_fields
+from raydistill.config.load import load_config, with_values
+from raydistill.config.problems import COMMAND_LINE, DEFAULT
 from raydistill.errors import UserError
+from raydistill.recovery.resume import OPERATIONAL, flat_settings, is_listed
+from raydistill.results.provenance import HIDDEN
 from raydistill.results.record_lines import evaluations_of, read_record, require_start
 
 if TYPE_CHECKING:
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
 
 SUMMARY = """\
 Run a recorded config again under a new name and list the differences from the record: versions, losses, held-out metrics.
+
+Fields that do not change the result may be set anew, above all where the recorded ones do not hold here: --results.* (a record
+keeps no password), --cluster.*, --run.output, --run.storage, --run.name, --run.verbose.
 
 With sync.max_staleness = 0 in float32 on the same machine and versions nothing differs. Exit code 1 if a loss differs by more
 than --tolerance; with --check if the data are not those that were recorded."""
@@ -31,11 +39,16 @@ examples:
         the same settings, data and seed; the new run is outputs/runs/NAME-reproduced
   raydistill reproduce outputs/runs/NAME --check
         only what differs beforehand: data, code, versions, machine
+  raydistill reproduce outputs/runs/NAME --cluster.address none --results.uri sqlite:///results.db
+        here and not on the cluster that was recorded; results go to another store
   raydistill reproduce outputs/runs/NAME --tolerance 0.01 --json
         for a script that accepts other hardware
 """
 CHECKED_FIRST = ("versions", "git", "machine")
 COLUMNS = ("what", "recorded", "now")
+MAY_BE_SET = ("results.", "cluster.", "run.output", "run.storage", "run.name", "run.verbose")
+"""Fields (or, with a dot at the end, sections) that do not change the result."""
+MAY_BE_HIDDEN = ("results.uri", "run.storage", "cluster.address")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,21 +62,23 @@ class Difference:
 
 def reproduce_command(argv: Sequence[str]) -> int:
     """The verb `reproduce`."""
-    arguments = _parser().parse_args(list(argv))
+    arguments, settings = _parser().parse_known_args(list(argv))
     start = require_start(arguments.run)
-    config = again(start, arguments.run)
+    config = again(start, arguments.run, values_of(settings))
     from raydistill.results.provenance import collect
 
+    on_the_way = earlier_settings(arguments.run, config)
     data = data_differences(start, config)  # loads torch, without which `collect` sees no GPU
-    found = provenance_differences(start["provenance"], collect())
+    found = [*on_the_way, *provenance_differences(start["provenance"], collect())]
     if arguments.check:
         print_table([asdict(difference) for difference in (*data, *found)], COLUMNS, json=arguments.json)
         return 1 if data else 0
     for difference in (*data, *found):
-        style = "yellow" if difference in data else "dim"
+        style = "yellow" if difference in (*data, *on_the_way) else "dim"
         console.print(
             f"  {difference.what}: {difference.recorded} then, {difference.now} now", style=style, soft_wrap=True
         )
+    refuse_hidden(config)
     from raydistill.launch import run
 
     summary = run(config, console=console)
@@ -86,8 +101,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def again(start: Mapping[str, Any], run: Path) -> Config:
-    """The recorded settings under a new name, in the same output folder."""
+def values_of(settings: Sequence[str]) -> dict[str, Any]:
+    """`--section.field value` arguments by dotted field; UserError for one that would change the result."""
+    loaded = load_config(settings)
+    given = [name for name in config_fields() if loaded.sources[name] != DEFAULT]
+    refused = [name for name in given if not is_listed(name, MAY_BE_SET)]
+    if refused:
+        allowed = ", ".join(f"{name}*" if name.endswith(".") else name for name in MAY_BE_SET)
+        raise UserError(
+            f"--{refused[0]} would make another run of it; reproduce takes {allowed} (`raydistill train` takes all)"
+        )
+    return {name: _value(loaded.config, name) for name in given}
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, leaf = name.partition(".")
+    return getattr(getattr(config, section), leaf)
+
+
+def refuse_hidden(config: Config) -> None:
+    """UserError where an address lacks its password, which no record keeps."""
+    for name in MAY_BE_HIDDEN:
+        if HIDDEN in str(_value(config, name)):
+            raise UserError(
+                f"the record keeps {name}={_value(config, name)} without its password; give it whole with --{name}, or "
+                f"--{name} none"
+            )
+
+
+def earlier_settings(run: Path, config: Config) -> list[Difference]:
+    """What was set otherwise until the run went on with what is recorded now; it explains differences of those steps."""
+    now = flat_settings(config.model_dump(mode="json"))
+    return [
+        Difference(what=f"{name} until step {line['step']}", recorded=str(change["was"]), now=str(now.get(name)))
+        for line in read_record(run)
+        if line["kind"] == "resume" and line["step"] > 0
+        for name, change in line.get("changed", {}).items()
+        if not is_listed(name, (*MAY_BE_SET, *OPERATIONAL, "checkpoint."))
+    ]
+
+
+def again(start: Mapping[str, Any], run: Path, values: Mapping[str, Any] | None = None) -> Config:
+    """The recorded settings under a new name, in the same output folder; `values`: dotted fields that are set anew."""
     from pydantic import ValidationError
 
     settings = {section: dict(fields) for section, fields in start["config"].items()}
@@ -95,9 +150,10 @@ def again(start: Mapping[str, Any], run: Path) -> Config:
     settings["run"]["output"] = run.absolute().parent.parent
     settings["world"] = {"name": "none"}  # its files are named by path already
     try:
-        return Config.model_validate(settings)
+        config = Config.model_validate(settings)
     except ValidationError as error:
         raise UserError(f"the settings in {run}'s record do not fit this version: {_first(error)}") from error
+    return with_values(config, values or {}, COMMAND_LINE)
 
 
 def _first(error: ValidationError) -> str:

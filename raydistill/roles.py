@@ -20,6 +20,8 @@ from raydistill.messages import (
     StepOutcome,
 )
 
+PATIENCE_S = 30.0
+"""How long trainer ranks may take to leave by themselves."""
 Handle = Any
 """A reference to an object in another process (a Ray ObjectRef)."""
 
@@ -138,8 +140,10 @@ class Pools:
         """`close`, for callers without an event loop."""
         asyncio.run(self.close())
 
-    async def close(self) -> None:
-        """End every actor."""
-        for pool in (self.rollouts, self.teachers, self.evaluator, self.trainers):
+    async def close(self, patience_s: float = PATIENCE_S) -> None:
+        """End every actor. patience_s: how long trainer ranks may take to leave by themselves."""
+        for pool in (self.rollouts, self.teachers, self.evaluator):
             if pool is not None:
                 await pool.close()
+        if self.trainers is not None:
+            await self.trainers.close(patience_s)

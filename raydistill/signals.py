@@ -1,9 +1,16 @@
-"""Ctrl-C and SIGTERM: checkpoint, then stop; within a bounded time, and at once when asked a second time."""
+"""Ctrl-C and SIGTERM: checkpoint, then stop; within a bounded time, and at once when asked a second time.
+
+clock = StopClock()
+with stop_on_signals(stop, console, clock):     # the first signal calls `stop` and starts the clock
+    ...                                         # cancelled when BODY_S are over
+wait_for_the_store(clock.limit(5.0))            # whatever still ends afterwards asks how long it may take
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -11,32 +18,59 @@ from rich.console import Console
 
 from raydistill.progress import say
 
-STOP_WITHIN_S = 25.0  # Kubernetes, for one, kills 30 s after SIGTERM
+BODY_S = 22.0  # for the checkpoint
+ALL_S = 28.0  # with all that ends behind it, but Ray itself; Kubernetes, for one, kills 30 s after SIGTERM
+LEAST_S = 0.5  # what is left for each thing that ends after the time is up
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StopClock:
+    """How much time is left for an orderly end. Without a signal: all that anybody wants."""
+
+    def __init__(self, body_s: float = BODY_S, all_s: float = ALL_S) -> None:
+        self.body_s, self._all_s = body_s, all_s
+        self._end_s: float | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether somebody asked for the end."""
+        return self._end_s is not None
+
+    def start(self) -> None:
+        """Somebody asked for the end."""
+        self._end_s = time.monotonic() + self._all_s
+
+    def limit(self, wanted_s: float) -> float:
+        """`wanted_s`, or what is left of the time where that is less."""
+        if self._end_s is None:
+            return wanted_s
+        return min(wanted_s, max(self._end_s - time.monotonic(), LEAST_S))
+
+
 @contextmanager
-def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console) -> Iterator[None]:
+def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console, clock: StopClock) -> Iterator[None]:
     """While the body runs, a signal calls `stop`; if the body has not ended by itself in time, it is cancelled.
 
     Only in the main thread of a process: elsewhere signals are somebody else's.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    requests: set[asyncio.Task[None]] = set()
+    asking: list[asyncio.Task[None]] = []
+    deadline: asyncio.TimerHandle | None = None
 
-    async def request(name: str) -> None:
-        say(console, f"{name}: writing a checkpoint, then stopping (again: stop at once)", style="yellow")
-        with suppress(Exception):  # if the trainer cannot be asked, the deadline below ends the run
+    async def ask() -> None:
+        with suppress(Exception):  # if the trainer cannot be asked, the deadline ends the run
             await stop()
-        await asyncio.sleep(STOP_WITHIN_S)
-        task.cancel()
 
     def on_signal(number: signal.Signals) -> None:
-        if requests:
+        nonlocal deadline
+        if clock.is_started:
             task.cancel()
-        else:
-            requests.add(asyncio.ensure_future(request(number.name)))
+            return
+        clock.start()
+        deadline = loop.call_later(clock.body_s, task.cancel)  # beside `stop`, which may wait for a trainer that hangs
+        asking.append(loop.create_task(ask()))
+        say(console, f"{number.name}: writing a checkpoint, then stopping (again: stop at once)", style="yellow")
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -51,5 +85,7 @@ def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console) -> It
         for number in SIGNALS:
             loop.remove_signal_handler(number)
             signal.signal(number, before[number])
-        for waiting in requests:
+        if deadline is not None:
+            deadline.cancel()
+        for waiting in asking:
             waiting.cancel()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from raydistill.config import ObjectiveSection
-from raydistill.errors import StorageError
+from raydistill.errors import StorageError, disk_errors
 from raydistill.evaluate.generate import greedy_completions, match_answers
 from raydistill.evaluate.held_out import score_targets
 from raydistill.merge import split_scored
@@ -126,11 +127,12 @@ class EvaluatorActor:
         self, run: str, checkpoint: Path, folder: Path, extra: dict[str, Any], storage: Storage | None = None
     ) -> Exported:
         """Write a run's checkpoint as a folder that stands alone. storage: the run's folder in run.storage, where the
-        checkpoint comes from if it does not lie here, and the export goes."""
+        checkpoint comes from if it does not lie here, and the export goes. RunError where the disk is full."""
         of_run = self._runs[run]
         make_whole(checkpoint, storage)
         self._load(of_run, load_checkpoint(checkpoint))
-        codes_hash = export_live(folder, self._model, of_run.spec.model, extra)
+        with disk_errors(f"the export to {folder}", SafetensorError):
+            codes_hash = export_live(folder, self._model, of_run.spec.model, extra)
         if storage is None:
             return Exported(codes_hash=codes_hash)
         problem = None

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from raydistill.errors import LostError, RunError
+from raydistill.errors import LostError, RunError, UserError
 
 log = logging.getLogger(__name__)
 Actor = TypeVar("Actor")
@@ -107,7 +107,10 @@ class ActorPool(Generic[Actor]):
 
     @contextmanager
     def _deaths_of(self, actor: Any) -> Iterator[None]:
-        """LostError where an argument is gone, because whoever was to make or keep it died: another actor lacks it too."""
+        """LostError where an argument is gone, because whoever was to make or keep it died: another actor lacks it too.
+
+        What the actor itself says in one line is raised as that line, without Ray's traceback in its text.
+        """
         try:
             yield
         except ObjectLostError as error:  # it lay on a node that died
@@ -116,6 +119,11 @@ class ActorPool(Generic[Actor]):
             # An argument that a dead actor was to return raises that actor's death here: ours is alive.
             if error.actor_id is not None and error.actor_id != actor._actor_id.hex():
                 raise LostError(f"tensors for {self._role} actors were lost with the actor that made them") from error
+            raise
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, (RunError, UserError)):
+                raise cause from error
             raise
 
     async def _replace(self, index: int, dead: Any, error: BaseException) -> None:

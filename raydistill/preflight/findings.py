@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raydistill.config import DataSection, ResultsSection
 from raydistill.errors import ResourceError, RunError, UserError
 from raydistill.preflight.storage import check_room
+from raydistill.recovery.resume import goes_on_with
 from raydistill.results.reachable import silence_of
 from raydistill.results.sinks import check_results
 from raydistill.results.tables import format_bytes
@@ -38,7 +39,8 @@ def findings_of(inputs: RunInputs) -> list[Finding]:
     plan = make_plan(config, Speeds(rates={}))
     trainable = plan["student"]["trainable"]
     found = [*model_findings(inputs), memory_finding(plan)]
-    found += guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable))])
+    run = goes_on_with(config, inputs.data.fingerprint)
+    found += guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable, run))])
     found += guarded("ports", lambda: [Finding(check="ports", status="ok", text=check_ports())])
     found += guarded("results", lambda: results_findings(config.results))
     return found

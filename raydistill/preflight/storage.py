@@ -8,6 +8,8 @@ from pathlib import Path
 
 from raydistill.config import Config
 from raydistill.errors import ResourceError, StorageError, UserError
+from raydistill.recovery.checkpoint import CHECKPOINTS
+from raydistill.recovery.runs import size_of
 from raydistill.recovery.storage import Storage
 from raydistill.results.tables import format_bytes
 
@@ -72,14 +74,20 @@ def _storage_problem(config: Config) -> str | None:
     return None
 
 
-def check_room(config: Config, trained_weights: int) -> str:
-    """A line about the checkpoints that lie there at one time; ResourceError if they do not fit the disk."""
+def check_room(config: Config, trained_weights: int, run: Path | None = None) -> str:
+    """A line about the checkpoints that lie there at one time; ResourceError if they do not fit the disk.
+
+    run: the folder of a run that goes on; its checkpoints have their room already.
+    """
     keeping = config.checkpoint
     folders = keeping.keep_last + keeping.keep_best + 2  # one being written, one that waits for its evaluation
     needed = folders * trained_weights * FLOAT32 * (1 + ADAM_COPIES)
     free = shutil.disk_usage(_existing(config)).free
+    there = 0 if run is None else size_of(run / CHECKPOINTS)
     text = f"{folders} checkpoints need about {format_bytes(needed)}, {format_bytes(free)} are free"
-    if needed > free:
+    if there:
+        text += f", {format_bytes(there)} lie there already"
+    if needed - there > free:
         raise ResourceError(f"{text} at run.output; lower checkpoint.keep_last, or choose another run.output")
     return text
 

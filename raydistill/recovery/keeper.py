@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from raydistill.errors import disk_errors
 from raydistill.recovery.checkpoint import PREFIX, checkpoint_folder, remove_checkpoint, version_of
 from raydistill.recovery.run_storage import BEST, RunStorage
 from raydistill.recovery.sampled import SampledTokens
+from raydistill.results.record_lines import evaluations_of
 
 FALLBACK = "evaluate/perplexity"  # without a teacher
 
 
 def read_best(root: Path) -> int | None:
-    """The best version as the keeper last wrote it down."""
-    try:
+    """The best version as the keeper last wrote it down; where that cannot be read, by the evaluations in the run's record."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads((root / BEST).read_text())["version"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    keeper = CheckpointKeeper(root)
+    keeper.restore(evaluations_of(root.parent))
+    return keeper.best_version
 
 
 class CheckpointKeeper:
@@ -85,13 +90,18 @@ class CheckpointKeeper:
             self._storage.forget_sampled(min(newest))
 
     def _write_best(self) -> None:
-        """Name the best version in a file; on other disks a checkpoint may get there after its evaluation."""
+        """Name the best version in a file, whole or as it was; on other disks a checkpoint may get there after its evaluation.
+        RunError where the disk is full."""
         version = self.best_version
         if version is None or version == self._written:
             return
         record = {"version": version, "folder": self.folder(version).name, self._names[version]: self._values[version]}
-        self._root.mkdir(parents=True, exist_ok=True)
-        (self._root / BEST).write_text(json.dumps(record, indent=1))
+        path = self._root / BEST
+        with disk_errors(f"the name of the best checkpoint to {path}"):
+            self._root.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{BEST}.new")
+            temporary.write_text(json.dumps(record, indent=1))
+            os.replace(temporary, path)
         self._written = version
         if self._storage is not None:
             self._storage.mirror.push(f"{self._root.name}/{BEST}")

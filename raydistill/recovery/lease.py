@@ -30,7 +30,9 @@ from raydistill.recovery.storage import Storage
 FOLDER = "drivers"  # beside runs and sweeps, so that it is no part of either
 RENEW_S = 10.0  # between two renewals
 WATCH_S = 30.0  # a holder that has not renewed for so long, while somebody watches, is dead
-END_S = 5.0  # for a renewal under way, when the run ends
+END_S = (
+    3.0  # when the run ends: for a renewal under way, and again to take the object away; who finds it watches it die
+)
 FORGET_S = 600.0  # one that has not renewed for so long by the clock: not watched any more
 Say = Callable[[str], None]
 
@@ -140,9 +142,9 @@ class _Lease:
         self._is_over.set()
         self._thread.join(END_S)
         with suppress(StorageError):
-            found = _read(self._run)
+            found = _read(self._run, END_S)
             if found is not None and found[0] == self._me:
-                folder, name = _place(self._run)
+                folder, name = _place(self._run, END_S)
                 folder.remove(name)
 
     def _renew(self) -> None:
@@ -162,8 +164,8 @@ class _Lease:
         folder.write(json.dumps({**asdict(self._me), "time_s": time.time()}).encode(), name)
 
 
-def _read(run: Storage) -> tuple[Driver, float] | None:
-    folder, name = _place(run)
+def _read(run: Storage, limit_s: float = WATCH_S) -> tuple[Driver, float] | None:
+    folder, name = _place(run, limit_s)
     data = folder.read(name)
     if data is None:
         return None
@@ -174,10 +176,10 @@ def _read(run: Storage) -> tuple[Driver, float] | None:
     return None
 
 
-def _place(run: Storage) -> tuple[Storage, str]:
+def _place(run: Storage, limit_s: float = WATCH_S) -> tuple[Storage, str]:
     """Folder and name of a run's object, by the run's own place: <root>/runs/NAME."""
     root, kind, name = run.url.rsplit("/", 2)
-    return Storage(root).below(FOLDER, kind).within(WATCH_S), f"{name}.json"
+    return Storage(root).below(FOLDER, kind).within(limit_s), f"{name}.json"
 
 
 def _machine() -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydistill.errors import RunError
+from raydistill.errors import RunError, disk_errors
 from raydistill.messages import Samples
 from raydistill.recovery.storage import Storage
 
@@ -29,20 +29,23 @@ class Ledger:
 
     def __init__(self, run_folder: Path, rank: int, size_bytes: int = 0) -> None:
         path = ledger_path(run_folder, rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        self._file.truncate(size_bytes)
-        self._file.seek(0, os.SEEK_END)
-        self._digest = hashlib.sha256(path.read_bytes())
+        self._name = f"what was trained to {path}"
+        with disk_errors(self._name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self._file.truncate(size_bytes)
+            self._file.seek(0, os.SEEK_END)
+            self._digest = hashlib.sha256(path.read_bytes())
 
     def add(self, samples: Samples) -> None:
-        """The sequences of one micro-batch that was trained on."""
+        """The sequences of one micro-batch that was trained on. RunError where the disk is full."""
         rows = zip(samples.indices, samples.row_ids, samples.completions.rows(), samples.policy_versions, strict=True)
         for index, row, ids, version in rows:
             text = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
             line = {"step": samples.step, "index": index, "row": row, "text": text, "version": version}
             data = json.dumps(line).encode() + b"\n"
-            self._file.write(data)
+            with disk_errors(self._name):
+                self._file.write(data)
             self._digest.update(data)
 
     @property

@@ -19,7 +19,7 @@ from pathlib import Path
 from raydistill.errors import StorageError
 from raydistill.recovery.storage import Storage
 
-LAST_TRY_S = 10.0  # the least that `finish` gives what is left
+LAST_TRY_S = 10.0  # of the time that `finish` has, for what is left
 
 
 class Mirror:
@@ -72,13 +72,14 @@ class Mirror:
         """Wait until all is done, at most so long; what is left is tried once more. Returns its keys, sorted."""
         deadline = time.monotonic() + limit_s
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs and not self._at_work, limit_s)
+            working_s = limit_s - min(LAST_TRY_S, limit_s / 2)
+            self._changed.wait_for(lambda: not self._jobs and not self._at_work, working_s)
             again, self._failed = {**self._failed, **self._at_work, **self._jobs}, {}
             self._jobs = {}
         left: list[str] = []
         for key, job in again.items():
             try:
-                job(self._storage.within(max(deadline - time.monotonic(), LAST_TRY_S) if not left else LAST_TRY_S))
+                job(self._storage.within(deadline - time.monotonic()))
             except StorageError as error:
                 self.note(str(error))
                 left.append(key)

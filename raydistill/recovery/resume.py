@@ -27,6 +27,7 @@ from raydistill.recovery.bring import bring_record, newest_here, newest_of_both,
 from raydistill.recovery.checkpoint import read_description, version_of
 from raydistill.recovery.lease import living_driver
 from raydistill.recovery.storage import Storage
+from raydistill.results.provenance import scrub
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record, start_of
 from raydistill.results.run_folders import LOCK, is_at_work
 
@@ -108,17 +109,33 @@ def run_folder(config: Config, data_fingerprint: str) -> Path:
             set_aside(storage)
         return folder
     if config.run.resume == "auto":
-        for folder in _newest_first(runs):
-            is_idle = _is_unfinished(folder) and not is_at_work(folder)
-            if is_idle and not differences(folder, config, data_fingerprint, OPERATIONAL):
-                storage = run_storage(config, folder)
-                if storage is None or not bring_record(folder, storage) or _is_unfinished(folder):
-                    return folder
+        for folder in _unfinished(runs, config, data_fingerprint):
+            storage = run_storage(config, folder)
+            if storage is None or not bring_record(folder, storage) or _is_unfinished(folder):
+                return folder
         if config.run.storage is not None:
             found = _stored_run(runs, config, data_fingerprint)
             if found is not None:
                 return found
     return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+
+
+def goes_on_with(config: Config, data_fingerprint: str) -> Path | None:
+    """The run on this disk that this command would go on with, without bringing or moving anything; None: there is none."""
+    runs = (config.run.output / "runs").absolute()
+    if config.run.resume == "never":
+        return None
+    if config.run.name is not None:
+        return runs / config.run.name if _is_unfinished(runs / config.run.name) else None
+    return next(_unfinished(runs, config, data_fingerprint), None)
+
+
+def _unfinished(runs: Path, config: Config, data_fingerprint: str) -> Iterator[Path]:
+    """Idle runs of these settings that have not finished, newest first."""
+    for folder in _newest_first(runs):
+        is_same = not differences(folder, config, data_fingerprint, OPERATIONAL)  # first: it reads one line only
+        if is_same and _is_unfinished(folder) and not is_at_work(folder):
+            yield folder
 
 
 def _check_named(folder: Path, config: Config, data_fingerprint: str) -> None:
@@ -224,7 +241,8 @@ def differences(folder: Path, config: Config, data_fingerprint: str, allowed: tu
 def _differences(
     start: Mapping[str, Any], config: Config, data_fingerprint: str, allowed: tuple[str, ...]
 ) -> list[str]:
-    before, now = flat_settings(start["config"]), flat_settings(json.loads(config.model_dump_json()))
+    # The record keeps no password: two addresses that differ in it only are one.
+    before, now = flat_settings(start["config"]), flat_settings(scrub(json.loads(config.model_dump_json())))
     before["data fingerprint"], now["data fingerprint"] = start["data_fingerprint"], data_fingerprint
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return [

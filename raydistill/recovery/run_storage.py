@@ -7,7 +7,8 @@ the best version go from here, in a thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -104,14 +105,15 @@ class RunStorage:
         return sorted(version_of(folder) for folder in (self._folder / CHECKPOINTS).glob(f"{PREFIX}*"))[-1:]
 
     def settle(self, limit_s: float, expected: Iterable[int] = ()) -> list[str]:
-        """Bring what is missing there and lies here, and the ledgers of ranks on other disks here. Blocks.
+        """Bring what is missing there and lies here, and the ledgers of ranks on other disks here. Blocks, at most so long.
 
         expected: versions that should be there. Returns what is not there, by name.
         """
+        deadline = time.monotonic() + limit_s
         self.push_record()
         self.mirror.push_tree("plots")
         left = [name.rstrip("/") for name in self.mirror.finish(limit_s)]
-        run = self.run.within(limit_s)
+        run = self.run.within(deadline - time.monotonic())
         missing: list[int] = []
         try:
             stored = StoredCheckpoints(run)
@@ -128,10 +130,13 @@ class RunStorage:
 
 
 @asynccontextmanager
-async def settled(storage: RunStorage | None, console: Console) -> AsyncIterator[set[int]]:
+async def settled(
+    storage: RunStorage | None, console: Console, limit: Callable[[float], float]
+) -> AsyncIterator[set[int]]:
     """Around a run: brings what is missing there at its end. The body adds the versions that are to be there.
 
-    RunError where a run that finished is not in the storage whole; after another end, a line on the console.
+    RunError where a run that finished is not in the storage whole; after another end, a line on the console. `limit` of
+    some seconds is how many of them are left, for a run that was stopped.
     """
     expected: set[int] = set()
     if storage is None:
@@ -140,7 +145,7 @@ async def settled(storage: RunStorage | None, console: Console) -> AsyncIterator
     try:
         yield expected
     except BaseException:
-        left = await asyncio.to_thread(storage.settle, STOP_S, storage.newest_here())
+        left = await asyncio.to_thread(storage.settle, limit(STOP_S), storage.newest_here())
         if left:
             say(console, f"warning: {storage.what_is_left(left)}", style="yellow")
         raise

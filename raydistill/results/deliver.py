@@ -28,6 +28,7 @@ from raydistill.results.store import QUIET_ENVIRONMENT, ResultsStore, default_ur
 __all__ = ["DeliveryHandle", "deliver", "deliver_all", "retry_command", "start_delivery"]
 GIVE_UP_S = 120.0  # how long a store may stay down once no more lines will come
 LOG_FILE = "delivery.log"
+FINISH_S = 60.0  # how long a driver waits for the rest of its record to be delivered
 _TERMINATE_S = 5.0
 
 
@@ -155,7 +156,7 @@ class DeliveryHandle:
         states = [read_state(folder, file) for folder in (self.folder, *record_folders(self.folder)) for file in files]
         return next((state.problem for state in states if state.problem), None)
 
-    def finish(self, timeout_s: float = 60.0) -> bool:
+    def finish(self, timeout_s: float = FINISH_S) -> bool:
         """Say that the records are complete, wait for the rest to be delivered; False if it was not in time.
 
         After False the records are still whole: `retry_command(folder)` delivers what is missing.
@@ -168,7 +169,7 @@ class DeliveryHandle:
         except subprocess.TimeoutExpired:
             self.process.terminate()
             try:
-                self.process.wait(_TERMINATE_S)
+                self.process.wait(min(_TERMINATE_S, timeout_s))
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -15,13 +15,13 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from raydistill.errors import RunError
+from raydistill.errors import disk_errors
 from raydistill.messages import EvalReport, LoadReport, Span
 from raydistill.results.provenance import scrub
 from raydistill.results.record_lines import (
@@ -34,6 +34,7 @@ from raydistill.results.record_lines import (
     read_spans,
     write_whole,
 )
+from raydistill.results.translate import leaves
 
 __all__ = ["RunRecord", "read_record", "read_spans"]
 Status = Literal["finished", "failed", "interrupted"]
@@ -45,7 +46,7 @@ class RunRecord:
     def __init__(self, folder: Path) -> None:
         self.path = folder / RECORD_FILE
         self._lock = threading.Lock()
-        with _disk_errors(self.path):
+        with self._disk_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open_after_last_line(self.path)
         self._steps: set[int] = set()
@@ -131,19 +132,23 @@ class RunRecord:
     def end(self, status: Status, message: str | None = None) -> None:
         """The last line of this life of the run."""
         self._append("end", status=status, message=scrub(message) if message else None)
-        with _disk_errors(self.path):
+        with self._disk_errors():
             os.fsync(self._file.fileno())
 
-    def cut_back(self, step: int) -> None:
+    def cut_back(self, step: int, config: Mapping[str, Any] | None = None) -> None:
         """Forget everything that a run resumed at `step` does again; atomic: a crash leaves the old or the new file.
 
         Kept: steps and spans below `step`, evaluations and samples of versions up to `step`, syncs of versions below
         it (the resumed run loads version `step` anew), warnings, artifacts, and the start.
+
+        `config`: the settings that the run goes on with. From here on they are those of the start line, which every reader
+        asks; the resume line has what they were before, where they differ.
         """
-        with self._lock, _disk_errors(self.path):
+        with self._lock, self._disk_errors():
             self._file.close()
             kept = [cut for line in read_record(self.path.parent) if (cut := cut_line(line, step)) is not None]
-            kept.append({"kind": "resume", "time_s": time.time(), "step": step})
+            changed = {} if config is None else _set_anew(kept, scrub(dict(config)))
+            kept.append({"kind": "resume", "time_s": time.time(), "step": step, "changed": changed})
             temporary = self.path.with_suffix(".cut")
             with temporary.open("wb") as file:
                 file.write(b"".join(encode_line(line) for line in kept))
@@ -168,9 +173,12 @@ class RunRecord:
     def _append(self, kind: str, **facts: Any) -> None:
         line = {"kind": kind, "time_s": time.time(), **facts}
         data = encode_line(line)
-        with self._lock, _disk_errors(self.path):
+        with self._lock, self._disk_errors():
             write_whole(self._file, data)
             self._remember(line)
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return disk_errors(f"the run's record {self.path}")
 
     def _remember(self, line: Line) -> None:
         if line["kind"] == "start":
@@ -183,13 +191,13 @@ class RunRecord:
             self._sampled.add(line["version"])
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, read-only, vanished folder) into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write the run's record {path}: {error.strerror or error}; make room there (or fix the folder's "
-            "permissions) and start the same command again to resume"
-        ) from error
+def _set_anew(lines: Sequence[Line], config: dict[str, Any]) -> dict[str, Any]:
+    """Put other settings into the start line; returns those that change: `{"trainer.num_steps": {"was": 3, "is": 5}}`."""
+    for line in lines:
+        if line["kind"] == "start":
+            was, now = leaves(line["config"]), leaves(config)
+            names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+            if names:
+                line["config"] = config
+            return {name: {"was": was.get(name), "is": now.get(name)} for name in names}
+    return {}

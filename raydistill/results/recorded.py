@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from rich.console import Console
 from raydistill.config import Config
 from raydistill.errors import RunStopped
 from raydistill.progress import say
-from raydistill.results.deliver import retry_command, start_delivery
+from raydistill.results.deliver import FINISH_S, retry_command, start_delivery
 from raydistill.results.provenance import collect
 from raydistill.results.record import RunRecord
 from raydistill.results.store import default_uri
+
+STOPPED_S = 5.0  # for the rest of the delivery after a stop: somebody counts the seconds, and the record stays
 
 
 @contextmanager
@@ -29,18 +31,20 @@ def recorded(
     resume_at: int = 0,
     parent: str | None = None,
     delivers: bool = True,
+    limit: Callable[[float], float] = lambda wanted_s: wanted_s,
 ) -> Iterator[RunRecord]:
     """Record a run in `folder` and deliver it to the config's results store; failures of the body are recorded too.
 
-    A record that is there already is cut back to step `resume_at` and goes on. `parent` is the record id of the run that this
-    one belongs to. With `delivers` false somebody else delivers it (`start_delivery(..., under=True)`), with
-    `results.deliver` false nobody does yet.
-    A store that does not answer delays delivery and nothing else: one warning says how to deliver later.
+    A record that is there already is cut back to step `resume_at` and goes on, with the settings of now. `parent` is the
+    record id of the run that this one belongs to. With `delivers` false somebody else delivers it
+    (`start_delivery(..., under=True)`), with `results.deliver` false nobody does yet.
+    A store that does not answer delays delivery and nothing else: one warning says how to deliver later. `limit` of some
+    seconds is how many of them are left, for a run that was stopped.
     """
     record = RunRecord(folder)
     settings = json.loads(config.model_dump_json())
     if record.is_started:
-        record.cut_back(resume_at)
+        record.cut_back(resume_at, settings)
     else:
         record.start(
             name=folder.name,
@@ -54,10 +58,12 @@ def recorded(
     uri = config.results.uri or default_uri(config.run.output.absolute())
     chosen = config.results
     delivery = start_delivery(folder, uri, chosen.experiment, chosen.sinks) if delivers and chosen.deliver else None
+    patience_s = FINISH_S
     try:
         yield record
         record.end("finished")
     except (KeyboardInterrupt, asyncio.CancelledError, RunStopped):
+        patience_s = STOPPED_S
         record.end("interrupted")
         raise
     except BaseException as error:
@@ -65,7 +71,7 @@ def recorded(
         raise
     finally:
         record.close()
-        if delivery is not None and not delivery.finish():
+        if delivery is not None and not delivery.finish(limit(patience_s)):
             say(
                 console,
                 f"warning: the results store is behind ({delivery.problem}); deliver later with `{retry_command(folder)}`",

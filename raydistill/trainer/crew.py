@@ -25,14 +25,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.config import Config
 from raydistill.preflight.placement import ROLE_SHARE
-from raydistill.processes import Member, end_process
+from raydistill.processes import END_TIMEOUT_S, Member, end_processes
+from raydistill.roles import PATIENCE_S
 from raydistill.trainer.controller import CONTROLLER, TellsFeed
 from raydistill.trainer.feed import Feed
 from raydistill.trainer.job import TrainerJob
 from raydistill.trainer.worker import serve
 
 RAY_TRAIN_FOLDER = "ray_train"
-GIVE_UP_S = 30.0  # how long a lost crew may take to end by itself
+GIVE_UP_S = PATIENCE_S  # how long a lost crew may take to end by itself
+HURRY_S = 1.0  # the same, where somebody waits for the end of the whole run
+TELL_TIMEOUT_S = 60.0
 
 
 class _LeanTrainer(TorchTrainer):
@@ -53,11 +56,13 @@ class TrainerCrew:
         self._config = config
         # On the driver's node: whatever other node is lost, the ranks keep their feed.
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-        feed: Any = ray.remote(Feed).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+        self._name = f"crew-{uuid.uuid4().hex[:8]}"
+        feed: Any = ray.remote(Feed).options(
+            name=f"feed-{self._name}", num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+        )
         self.feed = feed.remote(config.trainer.num_workers)
         self._number = -1
         self.failure: BaseException | None = None
-        self._name = f"crew-{uuid.uuid4().hex[:8]}"
         self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
         self._thread.start()
 
@@ -107,31 +112,34 @@ class TrainerCrew:
         except BaseException as error:
             self.failure = error
             with suppress(RayError):  # a dead feed has nobody left to tell
-                ray.get(feed.close.remote(f"the trainer group failed: {last_line(error)}"))
+                ray.get(feed.close.remote(f"the trainer group failed: {last_line(error)}"), timeout=TELL_TIMEOUT_S)
         shutil.rmtree(storage / self._name, ignore_errors=True)
 
     async def end(self, patience_s: float = GIVE_UP_S) -> None:
         """End the ranks, whatever state they are in; afterwards none of them can write a checkpoint.
 
-        patience_s: how long they may take to end by themselves.
+        patience_s: how long the feed may take to answer, the ranks to end by themselves, other nodes to end them, and Ray
+        Train to notice: in all at most six times as long.
         """
         members: list[Member] = []
         booking: PlacementGroup | None = None
         with suppress(RayError, TimeoutError):
-            await _answer(self.feed.close.remote("the crew is dismissed"), patience_s)
-            members = await _answer(self.feed.members.remote(), patience_s)
-            booking = await _answer(self.feed.booking.remote(), patience_s)
+            members, booking = await asyncio.wait_for(self._dismissed(), patience_s)
         await self._joined(patience_s)
         # A stopped process hears nothing but the kernel. The ranks first: with them gone, the controller ends by itself.
-        for whose in (True, False):
-            if self._thread.is_alive():
-                for member in members:
-                    if (member.name != CONTROLLER) is whose:
-                        await asyncio.to_thread(end_process, member)
+        ranks = [member for member in members if member.name != CONTROLLER]
+        for some in (ranks, [member for member in members if member.name == CONTROLLER]):
+            if some and self._thread.is_alive():
+                await asyncio.to_thread(end_processes, some, min(END_TIMEOUT_S, patience_s))
                 await self._joined(patience_s)
         if booking is not None and self.failure is not None:  # a controller that was killed has given nothing back
             await asyncio.to_thread(remove_placement_group, booking)
         ray.kill(self.feed)
+
+    async def _dismissed(self) -> tuple[list[Member], PlacementGroup | None]:
+        """Close the feed; who is to end, and what they have booked."""
+        await _answer(self.feed.close.remote("the crew is dismissed"))
+        return await _answer(self.feed.members.remote()), await _answer(self.feed.booking.remote())
 
     async def _joined(self, timeout_s: float) -> None:
         await asyncio.to_thread(self._thread.join, timeout_s)
@@ -158,9 +166,9 @@ class TrainerPool:
     async def end(self, run: str) -> None:
         """Crews keep nothing of a run."""
 
-    async def close(self) -> None:
-        """End every idle crew."""
-        await asyncio.gather(*(crew.end() for crew in self._idle))
+    async def close(self, patience_s: float = GIVE_UP_S) -> None:
+        """End every idle crew; see `TrainerCrew.end`."""
+        await asyncio.gather(*(crew.end(patience_s) for crew in self._idle))
         self._idle.clear()
 
 
@@ -180,8 +188,8 @@ def worker_environment(config: Config) -> dict[str, str]:
     }  # fmt: skip
 
 
-async def _answer(reference: Any, timeout_s: float) -> Any:
-    return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+async def _answer(reference: Any) -> Any:
+    return await asyncio.wrap_future(reference.future())
 
 
 def last_line(error: BaseException) -> str:

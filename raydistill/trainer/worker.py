@@ -71,7 +71,7 @@ def train(job: TrainerJob, rank: int, world_size: int) -> None:
         TrainerRank(job, rank, world_size).run()
     except (RunError, UserError, AssertionError) as error:  # anything else may be a neighbour's death
         with suppress(ray.exceptions.RayError):  # the feed itself may be what died
-            ray.get(job.feed.fail.remote(str(error)))
+            ray.get(job.feed.fail.remote(str(error)), timeout=JOIN_TIMEOUT_S)
         raise
     gc.collect()  # DeepSpeed's engine and its model hold each other
     if torch.cuda.is_initialized():

@@ -12,6 +12,7 @@ import sys
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +61,7 @@ class Case:
     max_grad_norm: float = 1e6
     gradient_checkpointing: bool = False
     steps: tuple[StepKind, ...] = ("good",)
+    resume_with: tuple[float, ...] = ()  # learning rates, each of which another engine goes on with for one step
 
 
 def cases(world_size: int) -> list[Case]:
@@ -71,6 +73,7 @@ def cases(world_size: int) -> list[Case]:
         found += [plain, replace(bad, name=f"nan-{stage}"), replace(bad, name=f"clean-{stage}", steps=("good", "good"))]
         if world_size == 1:
             found += [replace(plain, name=f"checkpointed-{stage}", gradient_checkpointing=True)]
+            found += [replace(plain, name=f"resumed-{stage}", resume_with=(0.1, 0.025))]
             found += [
                 Case(name=f"bf16-{stage}", zero_stage=stage, dtype="bfloat16", optimizer="adamw", steps=("good",) * 3)
             ]
@@ -214,7 +217,29 @@ class Rank:
             for hook in hooks:
                 hook.remove()
             seen.append(self._look(engine, model, done))
-        return {"steps": seen}
+        with TemporaryDirectory() as folder:
+            if case.resume_with:
+                engine.save_state(Path(folder))
+            resumed = {rate: self._resumed(case, section, Path(folder), rate) for rate in case.resume_with}
+        return {"steps": seen, "resumed": resumed}
+
+    def _resumed(self, case: Case, section: TrainerSection, folder: Path, rate: float) -> list[dict[str, Any]]:
+        """One more step with another learning rate, by an engine that goes on where one was saved."""
+        model = student(case, self.model)
+        optimizer = make_optimizer(case, [p for p in model.parameters() if p.requires_grad])
+        again = section.model_copy(update={"learning_rate": rate})
+        engine = DeepSpeedEngine(model, again, case.dtype, optimizer=optimizer)
+        engine.load_state(folder)
+        before = self._look(engine, model, None)
+        per_micro_batch = section.sequences_per_micro_batch
+        scored = sequences(len(case.steps), model.model.config.vocab_size)
+        batches = [
+            take_scored(scored, EVEN[first : first + per_micro_batch]) for first in range(0, len(EVEN), per_micro_batch)
+        ]
+        model.train()
+        ranks = Ranks(world_size=self.world_size, sum=self._sum)
+        done = run_step(engine, OBJECTIVE, batches, len(case.steps), ranks, "cpu")
+        return [before, self._look(engine, model, done)]
 
     def _look(self, engine: Any, model: CompletionModel, done: Any) -> dict[str, Any]:
         """What the worker publishes after a step."""

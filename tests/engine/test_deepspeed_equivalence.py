@@ -32,10 +32,18 @@ class Outcomes:
 
     def steps(self, case: str, world_size: int, rank: int = 0) -> list[dict[str, Any]]:
         """One entry before training and one after each step."""
-        result = torch.load(self._folder / f"{case}-of{world_size}-{rank}.pt", weights_only=False)
-        assert "error" not in result, result["error"]
-        steps: list[dict[str, Any]] = result["steps"]
+        steps: list[dict[str, Any]] = self._of(case, world_size, rank)["steps"]
         return steps
+
+    def resumed(self, case: str) -> dict[float, list[dict[str, Any]]]:
+        """By learning rate: where another engine took up the saved state, and after its step."""
+        resumed: dict[float, list[dict[str, Any]]] = self._of(case, 1, 0)["resumed"]
+        return resumed
+
+    def _of(self, case: str, world_size: int, rank: int) -> dict[str, Any]:
+        result: dict[str, Any] = torch.load(self._folder / f"{case}-of{world_size}-{rank}.pt", weights_only=False)
+        assert "error" not in result, result["error"]
+        return result
 
     def case(self, name: str, world_size: int) -> Case:
         return next(c for c in cases(world_size) if c.name == name)
@@ -193,6 +201,19 @@ def test_the_published_bfloat16_adapter_is_the_one_the_trainer_computes_with(out
         assert codes == seen["codes"]
         assert torch.equal(torch.from_numpy(engine.score(PROBES)), seen["probe"])
     assert not is_same(steps[0]["state"], steps[-1]["state"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_engine_steps_with_the_learning_rate_of_now(outcomes: Outcomes, stage: int) -> None:
+    """Saved with 0.1, DeepSpeed's own state would bring that back: a quarter of it takes a quarter of the step."""
+    saved = outcomes.steps(f"resumed-{stage}", 1)[-1]
+    (before, after), (before_small, after_small) = (outcomes.resumed(f"resumed-{stage}")[rate] for rate in (0.1, 0.025))
+    for one in (before, before_small):
+        assert is_same(one["state"], saved["state"])
+    assert [one["learning_rate"] for one in (before, after, before_small, after_small)] == [0.1, 0.1, 0.025, 0.025]
+    quarter = {name: old + 0.25 * (after["state"][name] - old) for name, old in before["state"].items()}
+    assert largest_difference(before["state"], after["state"]) > 1e-4
+    assert largest_difference(quarter, after_small["state"]) < 1e-6
 
 
 @pytest.mark.parametrize("stage", STAGES)

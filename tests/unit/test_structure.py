@@ -133,6 +133,16 @@ LIGHT_AT_START = (
 )
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "lm_eval", "raydistill.launch")
 
+# Waits for another process without a time limit of their own, and what limits them. Every other one has one where it stands.
+MAY_WAIT = {
+    "raydistill.trainer.worker.serve": "an idle crew waits for a job as long as its driver lives",
+    "raydistill.trainer.crew.start": "TrainerGroup.start gives it START_TIMEOUT_S",
+    "raydistill.trainer.crew.wait_done": "TrainerGroup.finish gives it trainer.timeout_s",
+    "raydistill.trainer.crew._answer": "TrainerCrew.end gives it its patience",
+    "raydistill.trainer.group._answer": "_within and _trained give it theirs",
+    "raydistill.sweep.tuner._run": "a trial takes as long as its run, each of whose calls is limited",
+}
+
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 100
 
@@ -321,6 +331,35 @@ def test_no_function_is_longer_than_a_screen_or_two():
     )
     too_long = [entry for entry in reversed(lengths) if entry[0] > LONGEST_FUNCTION]
     assert not too_long, f"longer than {LONGEST_FUNCTION} lines, longest first: {too_long}"
+
+
+def unlimited_waits(tree: ast.AST, function: str = "") -> Iterator[str]:
+    """The function of each `ray.get`, `ray.wait` or awaited remote call without a time limit, as far as one expression shows
+    it: a reference that is awaited by its name is not seen."""
+    for node in ast.iter_child_nodes(tree):
+        inner = node.name if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ray.get", "ray.wait"):
+            if all(keyword.arg != "timeout" for keyword in node.keywords):
+                yield inner
+        elif isinstance(node, ast.Await) and isinstance(node.value, ast.Call):
+            awaited = ast.unparse(node.value.func)
+            if awaited.endswith(".remote") or awaited == "asyncio.wrap_future":
+                yield inner
+        yield from unlimited_waits(node, inner)
+
+
+def test_every_wait_for_another_process_has_a_time_limit():
+    found = {f"{name}.{function}" for name, path in modules().items() for function in unlimited_waits(tree_of(path))}
+    assert found == MAY_WAIT.keys(), "give it a limit, or name what limits it in MAY_WAIT"
+
+
+def test_the_rule_about_waits_sees_each_form():
+    source = (
+        "async def a():\n    await actor.work.remote(1)\nasync def b():\n    await asyncio.wrap_future(ref.future())\n"
+        "def c():\n    return [ray.get(ref)]\ndef d():\n    ray.wait(refs, num_returns=2)\n"
+        "async def fine():\n    ray.get(ref, timeout=1)\n    await asyncio.wait_for(actor.work.remote(1), 1)\n"
+    )
+    assert list(unlimited_waits(ast.parse(source))) == ["a", "b", "c", "d"]
 
 
 def test_the_rules_see_imports_of_every_form():

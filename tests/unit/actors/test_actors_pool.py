@@ -6,11 +6,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raydistill.actors import pool as pool_module
 from raydistill.actors.pool import ActorPool
-from raydistill.errors import LostError, RunError
+from raydistill.errors import LostError, ModelError, RunError
 
 HANG, DIE = object(), object()
 
@@ -135,6 +135,21 @@ def test_an_actor_that_dies_is_replaced_revived_and_its_work_re_issued_once(make
     run(whole)
     assert cluster.log == [(0, 0, "score", "samples"), (0, 1, "start"), (0, 1, "score", "samples")]
     assert cluster.killed == [cluster.made[0]]
+
+
+@pytest.mark.parametrize("said", [RunError("cannot write the export: No space left"), ModelError("no such model")])
+def test_what_an_actor_says_in_one_line_is_raised_as_that_line(make_pool: MakePool, said: Exception) -> None:
+    answer = RayTaskError("export_checkpoint", "Traceback (most recent call last):\n...", said).as_instanceof_cause()
+    assert "\n" in str(answer)
+    cluster = Cluster(dies_first("export", answer))
+
+    async def whole() -> None:
+        with pytest.raises(type(said)) as error:
+            await make_pool(cluster).call(0, "export")
+        assert str(error.value) == str(said)
+
+    run(whole)
+    assert not cluster.killed
 
 
 def test_a_call_that_hangs_counts_as_a_dead_actor(make_pool: MakePool) -> None:

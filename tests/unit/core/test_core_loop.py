@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import torch
 
 from raydistill.config import Config
 from raydistill.data.schedule import StepPlan
@@ -22,8 +23,12 @@ from raydistill.messages import (
     StageReport,
     StepOutcome,
     TokenRows,
+    reduce_metrics,
 )
+from raydistill.ray_metrics import OF_STAGE, STAGES
 from raydistill.roles import Roles, Sampled
+from raydistill.trainer.step import NAMES
+from raydistill.trainer.step import _metrics as trainer_metrics
 
 RANKS = 2
 Event = tuple[Any, ...]
@@ -403,6 +408,17 @@ def test_a_steps_metrics_join_trainer_actors_and_stages() -> None:
     assert metrics["rollout/tokens_per_s"] == 6.0
     assert metrics["teacher/busy_s"] == 0.5
     assert metrics["loop/step_s"] == 2.0
+
+
+def test_each_stage_has_the_numbers_that_the_dashboard_draws() -> None:
+    """The trainer's tokens are counted by its step, its seconds by rank 0."""
+    sums = torch.zeros(len(NAMES), dtype=torch.float64)
+    sums[NAMES.index("tokens")] = 90.0
+    trained = reduce_metrics(trainer_metrics(sums, norm=1.0)) | {"trainer/busy_s": 0.25, "trainer/wait_s": 0.5}
+    outcome = StepOutcome(step=0, version=1, weights_hash="", codes_hash=None, skipped=None, metrics=trained, spans=())
+    metrics = step_metrics(outcome, [report("rollout", "rollout-0", 0), report("teacher", "teacher-0", 0)], wall_s=2.0)
+    assert {f"{stage}/{kind}" for stage in STAGES for kind in OF_STAGE} <= metrics.keys()
+    assert metrics["trainer/tokens_per_s"] == 360.0
 
 
 def test_a_health_warning_is_given_once() -> None:

@@ -9,7 +9,15 @@ import pytest
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.messages import EvalReport, Span
-from raydistill.reproduce import again, provenance_differences, result_differences
+from raydistill.reproduce import (
+    again,
+    earlier_settings,
+    provenance_differences,
+    refuse_hidden,
+    reproduce_command,
+    result_differences,
+    values_of,
+)
 from raydistill.results.record import RunRecord
 from raydistill.results.record_lines import require_start
 
@@ -65,6 +73,44 @@ def test_the_recorded_settings_run_under_a_new_name(tmp_path: Path) -> None:
     assert (config.run.name, config.run.seed, config.quant.format) == ("first-reproduced", 7, "int2")
     assert config.run.output == tmp_path / "out"
     assert config.run.resume == "never"
+
+
+def test_fields_that_do_not_change_the_result_may_be_set_anew(tmp_path: Path) -> None:
+    folder = record(
+        tmp_path / "out" / "runs" / "first",
+        [0.5],
+        cluster={"address": "ray://gone:10001"},
+        results={"uri": "postgresql://me:secret@host/db"},
+    )
+    with pytest.raises(UserError, match=r"results\.uri=.*without its password; give it whole with --results\.uri"):
+        refuse_hidden(again(require_start(folder), folder))
+    store = f"sqlite:///{tmp_path}/here.db"
+    given = ["--cluster.address", "none", f"--results.uri={store}", "--run.output", str(tmp_path / "other")]
+    config = again(require_start(folder), folder, values_of([*given, "--run.name", "second"]))
+    refuse_hidden(config)
+    assert (config.cluster.address, config.results.uri) == (None, store)
+    assert (config.run.output, config.run.name) == (tmp_path / "other", "second")
+    assert (config.run.resume, config.world.name) == ("never", "none")
+
+
+@pytest.mark.parametrize("setting", ["--trainer.learning_rate=1e-3", "--run.seed=4", "--run.resume=auto"])
+def test_a_field_that_changes_the_result_is_refused(tmp_path: Path, setting: str) -> None:
+    folder = record(tmp_path / "runs" / "first", [0.5])
+    with pytest.raises(UserError, match=f"^{setting.partition('=')[0]} would make another run of it"):
+        reproduce_command([str(folder), "--check", setting])
+
+
+def test_settings_that_changed_on_the_way_are_listed(tmp_path: Path) -> None:
+    folder = record(tmp_path / "runs" / "first", [0.5, 0.25], trainer={"num_steps": 2, "learning_rate": 1e-3})
+    now = Config.model_validate({"trainer": {"num_steps": 4, "learning_rate": 1e-4}, "run": {"verbose": True}})
+    with RunRecord(folder) as lines:
+        lines.cut_back(1, json.loads(now.model_dump_json()))
+    config = again(require_start(folder), folder)
+    assert config.trainer.learning_rate == 1e-4
+    assert [(d.what, d.recorded, d.now) for d in earlier_settings(folder, config)] == [
+        ("trainer.learning_rate until step 1", "0.001", "0.0001"),
+        ("trainer.num_steps until step 1", "2", "4"),
+    ]
 
 
 def test_settings_of_another_version_are_refused_with_the_field(tmp_path: Path) -> None:

@@ -129,6 +129,22 @@ def test_checkpoints_that_do_not_fit_the_disk_are_a_problem(tmp_path: Path) -> N
         check_room(config, 10**15)
 
 
+def test_checkpoints_of_a_run_that_goes_on_have_their_room_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.model_validate({"run": {"output": tmp_path}, "checkpoint": {"keep_last": 1, "keep_best": 1}})
+    usage = shutil.disk_usage(tmp_path)._replace(free=40_000)
+    monkeypatch.setattr("raydistill.preflight.storage.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ResourceError, match="4 checkpoints need about 64 KB"):
+        check_room(config, 1000)
+    for version in (2, 4):
+        folder = tmp_path / "runs" / "one" / "checkpoints" / f"step-{version:06d}" / "optimizer"
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(bytes(16_000))
+    text = check_room(config, 1000, tmp_path / "runs" / "one")
+    assert text == "4 checkpoints need about 64 KB, 40 KB are free, 32 KB lie there already"
+
+
 def test_a_machine_that_cannot_reach_itself_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reach each other at" in check_ports()
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "203.0.113.7")  # of nobody: reserved for documentation

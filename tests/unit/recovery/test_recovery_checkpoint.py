@@ -1,6 +1,8 @@
 """A checkpoint folder is whole or absent, damage is recognised, and best, last and waiting ones are kept."""
 
+import errno
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from raydistill.recovery.checkpoint import (
     remove_checkpoint,
     save_checkpoint,
 )
-from raydistill.recovery.keeper import CheckpointKeeper
+from raydistill.recovery.keeper import CheckpointKeeper, read_best
 
 KL = "evaluate/kl_nats"
 
@@ -194,6 +196,28 @@ def test_an_earlier_lifes_evaluations_decide_what_is_best(tmp_path: Path) -> Non
     assert keeper.best_version == 5
     assert not keeper.evaluated(10, {KL: 0.2})
     assert versions(tmp_path) == [5, 10]
+
+
+def test_the_name_of_the_best_is_written_whole_or_stays_and_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = CheckpointKeeper(tmp_path)
+    save(tmp_path, 0)
+    keeper.evaluated(0, {KL: 0.5})
+    save(tmp_path, 5)
+
+    def full(path: Path, text: str) -> None:
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RunError, match=r"cannot write the name of the best .*best.json: No space left") as error:
+            keeper.evaluated(5, {KL: 0.1})
+    assert "\n" not in str(error.value)
+    assert read_best(tmp_path) == 0
+    keeper.remove_the_rest()
+    assert read_best(tmp_path) == 5
 
 
 def test_best_and_last_are_kept(tmp_path: Path) -> None:

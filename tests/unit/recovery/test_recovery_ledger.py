@@ -1,10 +1,13 @@
 """The ledger holds what was trained, each sequence once, and is cut back to what a checkpoint knows."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from raydistill.errors import RunError
 from raydistill.messages import Samples, TokenRows
 from raydistill.recovery.ledger import Ledger, ledger_path, ledger_problems, read_ledger
 
@@ -44,6 +47,23 @@ def test_a_ledger_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:
     again.commit()
     assert [(line["step"], line["index"]) for line in read_ledger(tmp_path)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert ledger_problems(tmp_path, range(2), 2) == []
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    """A RunError ends the run; any other error of a rank counts as its death, and would be tried again."""
+    ledger = Ledger(tmp_path, rank=0)
+
+    class Full:
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    ledger._file = Full()  # type: ignore[assignment]
+    with pytest.raises(RunError, match=r"^cannot write what was trained to .*rank-0.jsonl: No space left") as error:
+        ledger.add(samples(0, (0,)))
+    assert "\n" not in str(error.value)
+    (tmp_path / "file").write_text("where a folder should be")
+    with pytest.raises(RunError, match="cannot write what was trained"):
+        Ledger(tmp_path / "file", rank=0)
 
 
 def test_a_torn_line_does_not_count(tmp_path: Path) -> None:

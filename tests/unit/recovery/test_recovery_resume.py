@@ -8,7 +8,7 @@ import pytest
 
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.recovery.resume import LOCK, find_checkpoint, last_status, locked, run_folder
+from raydistill.recovery.resume import LOCK, find_checkpoint, goes_on_with, last_status, locked, run_folder
 from raydistill.results.record import RunRecord
 
 DATA = "data-1"
@@ -46,6 +46,30 @@ def test_the_same_command_goes_on_with_what_it_left(tmp_path: Path, end: Any) ->
     begin(folder, config, end)
     assert run_folder(config, DATA) == folder
     assert run_folder(make_config(tmp_path, run__verbose=True), DATA) == folder
+
+
+def test_a_command_whose_store_has_a_password_goes_on_too(tmp_path: Path) -> None:
+    """The record keeps the address without it."""
+    config = make_config(tmp_path, results__uri="postgresql://me:secret@host/db")
+    folder = run_folder(config, DATA)
+    with locked(folder), RunRecord(folder) as record:
+        settings = json.loads(config.model_dump_json())
+        record.start(name=folder.name, config=settings, provenance={}, seed=0, data_fingerprint=DATA)
+    assert "secret" not in record.path.read_text()
+    assert run_folder(config, DATA) == folder
+
+
+def test_what_a_command_goes_on_with_can_be_asked_beforehand(tmp_path: Path) -> None:
+    config, named = make_config(tmp_path), make_config(tmp_path, run__name="a")
+    assert goes_on_with(config, DATA) is None
+    assert goes_on_with(named, DATA) is None
+    begin(tmp_path / "runs" / "old", config, "failed")
+    begin(tmp_path / "runs" / "a", named)
+    assert goes_on_with(config, DATA) == run_folder(config, DATA)
+    assert goes_on_with(named, DATA) == tmp_path / "runs" / "a"
+    assert goes_on_with(config, "data-2") is None
+    assert goes_on_with(make_config(tmp_path, run__name="a", run__resume="never"), DATA) is None
+    assert (tmp_path / "runs" / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from raydistill.cli import main_with_errors
-from raydistill.messages import StudentWeights
+from raydistill.messages import EvalReport, Span, StudentWeights
 from raydistill.recovery.checkpoint import load_checkpoint, partial_folder, save_checkpoint
 from raydistill.recovery.keeper import CheckpointKeeper
 from raydistill.recovery.resume import locked
@@ -27,6 +27,8 @@ def make_run(output: Path, name: str, end: str | None) -> Path:
             )
             (checkpoint / "optimizer").mkdir()
             (checkpoint / "optimizer" / "state.pt").write_bytes(bytes(1000))
+            span = Span(stage="evaluate", actor="evaluator-0", step=version, start_s=0.0, end_s=1.0)
+            record.evaluation(EvalReport(version=version, metrics={"evaluate/kl_nats": kl}, span=span))
             keeper.evaluated(version, {"evaluate/kl_nats": kl})
             record.step(version, {"trainer/loss": 1.0})
         (partial_folder(root, 6) / "half").write_bytes(bytes(500))
@@ -64,6 +66,16 @@ def test_a_finished_run_keeps_the_weights_of_best_and_last(tmp_path: Path, capsy
     for name in kept:
         assert load_checkpoint(folder / "checkpoints" / name).tensors["a"].sum() == 4
         assert not (folder / "checkpoints" / name / "optimizer").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", '{"version"'])
+def test_without_the_name_of_the_best_the_record_says_which_it_is(tmp_path: Path, content: str | None) -> None:
+    """A full disk or a crash may have left none, or half of it."""
+    folder = make_run(tmp_path, "a", "finished")
+    best = folder / "checkpoints" / "best.json"
+    best.unlink() if content is None else best.write_text(content)
+    assert run(tmp_path, "prune", "--json") == 0
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-000002", "step-000004"]
 
 
 def test_an_unfinished_run_can_still_go_on(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """`run.storage`: what goes there comes back, an object is whole or absent, and every failure is one clear line."""
 
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +209,23 @@ def test_a_mirror_brings_the_newest_content(tmp_path: Path) -> None:
     mirror.push_tree()
     assert mirror.finish(10) == []
     assert sorted(place.list()) == ["record.jsonl"]  # what has not changed does not go again
+
+
+def test_a_storage_that_hangs_holds_up_the_end_of_a_mirror_no_longer_than_it_may(tmp_path: Path) -> None:
+    """However many things wait for it: a run that was stopped has seconds."""
+    mirror, hangs = Mirror(tmp_path, Storage(f"file://{tmp_path}/remote")), threading.Event()
+
+    def job(storage: Storage) -> None:
+        left_s = None if storage.deadline is None else max(storage.deadline - time.monotonic(), 0.0)
+        hangs.wait(left_s)
+        raise StorageError("does not answer")
+
+    for key in "abcde":
+        mirror.do(key, job)
+    start = time.monotonic()
+    assert mirror.finish(0.5) == list("abcde")
+    assert time.monotonic() - start < 2.0
+    hangs.set()
 
 
 def test_a_mirror_tells_once_that_the_storage_is_away_and_brings_all_when_it_is_back(

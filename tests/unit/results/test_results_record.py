@@ -16,6 +16,8 @@ from raydistill.errors import RunError
 from raydistill.messages import EvalReport, LoadReport, Span
 from raydistill.results import record as record_module
 from raydistill.results.record import RunRecord, read_record, read_spans
+from raydistill.results.record_lines import start_of
+from raydistill.results.runs import row_of_record
 
 
 def span(step: int, stage: str = "rollout", start_s: float = 0.0) -> Span:
@@ -92,6 +94,27 @@ def test_numbers_that_are_not_finite_survive_and_the_file_is_strict_json(tmp_pat
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
     started(tmp_path).warning("nan")
     assert list(read_record(tmp_path))[-1]["text"] == "nan"
+
+
+def test_a_resumed_run_has_the_settings_that_it_goes_on_with(tmp_path: Path) -> None:
+    """Results, the model card, `reproduce` and the next resume all ask the start line."""
+    first = {"trainer": {"num_steps": 3, "zero_stage": 2}, "results": {"uri": None}}
+    record = RunRecord(tmp_path)
+    record.start(name="demo", config=first, provenance={}, seed=7)
+    record.step(0, {"m": 1.0})
+    record.cut_back(1, first)
+    now = {"trainer": {"num_steps": 5, "zero_stage": 2}, "results": {"uri": "http://me:secret@host"}}
+    record.cut_back(1, now)
+    start = start_of(tmp_path)
+    assert start is not None
+    assert start["config"] == {"trainer": {"num_steps": 5, "zero_stage": 2}, "results": {"uri": "http://***@host"}}
+    assert (start["seed"], start["name"]) == (7, "demo")
+    changed = [line["changed"] for line in read_record(tmp_path) if line["kind"] == "resume"]
+    assert changed == [
+        {},
+        {"results.uri": {"was": None, "is": "http://***@host"}, "trainer.num_steps": {"was": 3, "is": 5}},
+    ]
+    assert row_of_record(read_record(tmp_path), tmp_path).settings["trainer.num_steps"] == 5
 
 
 @pytest.mark.parametrize("torn", [b'{"kind":"step","time_s":1.0,"st', b'{"kind":"end","time_s":1.0}', b"\xc3"])

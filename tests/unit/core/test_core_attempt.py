@@ -1,0 +1,155 @@
+"""How an attempt at a run ends: how much patience its ranks meet, and who is ended after whom."""
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raydistill import attempt as attempt_module
+from raydistill.attempt import Attempt
+from raydistill.config import Config
+from raydistill.errors import LostError, RunError, RunStopped
+from raydistill.launch import CLOSE_S, Launch
+from raydistill.messages import Exported
+from raydistill.recovery.resume import ResumePoint
+from raydistill.report import plots
+from raydistill.roles import PATIENCE_S, Pools
+from raydistill.trainer.crew import GIVE_UP_S, HURRY_S
+
+START = ResumePoint(folder=None, version=0, skipped=0, steps={})
+
+
+async def forever(*_: Any) -> None:
+    await asyncio.Event().wait()
+
+
+class Crew:
+    """Notes how it is ended."""
+
+    def __init__(self) -> None:
+        self.patience_s: list[float] = []
+
+    async def end(self, patience_s: float) -> None:
+        self.patience_s.append(patience_s)
+
+
+class Trainer:
+    """A group whose ranks never finish; its feed may not answer either."""
+
+    is_done = False
+
+    def __init__(self, *_: Any) -> None:
+        self.finishing = asyncio.Event()
+
+    async def finish(self) -> None:
+        self.finishing.set()
+        await forever()
+
+    async def stop(self) -> None:
+        await forever()
+
+
+def make_attempt(monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any]) -> tuple[Any, Crew]:
+    crew = Crew()
+    monkeypatch.setattr(attempt_module, "TrainerGroup", Trainer)
+    monkeypatch.setattr(Attempt, "_train", train)
+    inputs: Any = SimpleNamespace(config=Config(), probes=lambda: None)
+    record: Any = SimpleNamespace(path=Path("runs/one/record.jsonl"))
+    keeper: Any = None
+    pools = Pools(trainers=SimpleNamespace(lease=lambda config: crew))
+    return Attempt(inputs, pools, record, keeper, START), crew
+
+
+async def stopped(*_: Any) -> None:
+    raise RunStopped(3)
+
+
+async def lost(*_: Any) -> None:
+    raise LostError("a rank died")
+
+
+def test_a_checkpoint_that_takes_too_long_is_not_waited_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline comes while the ranks write: they are ended in a hurry, as in the midst of a step."""
+
+    async def whole() -> list[float]:
+        attempt, crew = make_attempt(monkeypatch, stopped)
+        running = asyncio.ensure_future(attempt.run(None, {}))
+        await attempt._trainer.finishing.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        return crew.patience_s
+
+    assert asyncio.run(whole()) == [HURRY_S]
+
+
+def test_a_group_that_is_lost_while_it_stops_is_ended_in_a_hurry_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def whole(asks: bool) -> list[float]:
+        attempt, crew = make_attempt(monkeypatch, lost)
+        if asks:
+            asking = asyncio.ensure_future(attempt.stop())
+            await asyncio.sleep(0)
+            asking.cancel()
+        with pytest.raises(LostError):
+            await attempt.run(None, {})
+        return crew.patience_s
+
+    assert asyncio.run(whole(asks=True)) == [HURRY_S]
+    assert asyncio.run(whole(asks=False)) == [GIVE_UP_S]
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_pools_of_a_run_that_was_stopped_are_closed_in_a_hurry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    """And nothing is asked of actors that are about to be ended: one that samples would answer seconds later."""
+    events: list[Any] = []
+
+    class Pool:
+        async def end(self, run: str) -> None:
+            events.append("asked")
+
+        async def close(self, patience_s: float | None = None) -> None:
+            events.append(patience_s)
+
+    class Attempts:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        run = stopped
+
+    monkeypatch.setattr(attempt_module, "Attempt", Attempts)
+    launch: Any = Launch(Config(), None, Console(quiet=True))
+    launch._folder, launch._inputs, launch._pools = tmp_path, None, Pools(rollouts=Pool(), trainers=Pool())
+    if is_stopped:
+        launch._clock.start()
+    with pytest.raises(RunStopped):
+        asyncio.run(launch._train(SimpleNamespace(last_step=None), START))
+    assert events == [None, CLOSE_S if is_stopped else PATIENCE_S]
+
+
+def test_plots_that_do_not_fit_the_disk_end_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def export(*_: Any) -> Exported:
+        return Exported(codes_hash="c")
+
+    monkeypatch.setattr(plots, "plot_training", full)
+    launch: Any = Launch(Config(), None, Console(quiet=True))
+    launch._folder = tmp_path
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "checkpoint.json").write_text("{}")
+    attempt: Any = SimpleNamespace(evaluator=SimpleNamespace(export_checkpoint=export))
+    keeper: Any = SimpleNamespace(best_version=2, folder=lambda version: tmp_path / "step")
+    record: Any = SimpleNamespace(artifact=lambda name, path: None)
+    with pytest.raises(RunError, match=r"^cannot write the run's plots to .*plots: No space left on device"):
+        asyncio.run(launch._export(record, attempt, keeper, None))
