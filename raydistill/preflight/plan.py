@@ -18,7 +18,7 @@ from raydistill.config import Config
 from raydistill.config.load import load_config
 from raydistill.errors import ConfigError, UserError
 from raydistill.preflight.estimates import Answer, Stage, Step, stage_seconds, step_flops, step_seconds, wire_bytes
-from raydistill.preflight.placement import Demand, placement_plan
+from raydistill.preflight.placement import NODE_RESOURCES, Demand, placement_plan
 from raydistill.preflight.sizes import longest, memory, model_size, student_size
 from raydistill.results.record_lines import read_record, read_spans, start_of
 from raydistill.results.tables import format_bytes
@@ -50,7 +50,6 @@ SPEED_FIELDS = {  # what a speed depends on, besides the machine
     "rollout": ("engine", "num_gpus", "tensor_parallel_size"),
     "trainer": ("num_gpus", "sequences_per_micro_batch", "gradient_checkpointing", "zero_stage"),
 }
-NODE_RESOURCES = {"evaluation": "teacher"}  # held-out rows are scored where the teachers are
 NO_SPEED = (
     "no duration: nobody said how fast {missing}. Give --like RUN_FOLDER (a run on the same machines) or "
     "--tokens-per-second-{first} N (completion tokens per second of one actor)"
@@ -167,7 +166,7 @@ def _placement_row(config: Config, demand: Demand) -> dict[str, Any]:
         "cpus_each": demand.num_cpus,
         "gpus_each": demand.num_gpus,
         "tensor_parallel_size": config.rollout.tensor_parallel_size if is_rollout else 1,
-        "node_resource": NODE_RESOURCES.get(demand.role, demand.role) if config.cluster.by_role else None,
+        "node_resource": NODE_RESOURCES[demand.role] if config.cluster.by_role else None,
     }
 
 

@@ -20,7 +20,7 @@ from raydistill.config import Config, WorldSection
 from raydistill.config.load import require_inputs
 from raydistill.errors import ResourceError, SweepStopped, UserError
 from raydistill.launch import start_cluster
-from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
+from raydistill.preflight.placement import check_placement, node_resources, placement_plan
 from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
 from raydistill.recovery.lease import held
 from raydistill.recovery.resume import LOCK, locked
@@ -68,7 +68,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection(), "run": run}))
         _check_identity(sweep, retry_failed)
         start_cluster(base)
-        check_placement(base, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
+        check_placement(base, node_resources(ray.nodes()))
         check_parallel(base, sweep.file.parallel, ray.cluster_resources())
         with _standing_in(sweep.folder):
             check_nodes_reach_storage(base)
