@@ -63,9 +63,9 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
     inputs = None
     try:
         from raydistill.inputs import load_inputs
-        from raydistill.preflight.plan import with_world_model
+        from raydistill.preflight.planned import with_built_world
 
-        config = with_world_model(config)
+        config = with_built_world(config)
         inputs = load_inputs(config, quiet_console())
     except UserError as error:
         found += [Finding(check="models and data", status="problem", text=line) for line in str(error).splitlines()]
