@@ -205,7 +205,7 @@ class Launch:
         import ray
 
         from raydistill.inputs import load_inputs
-        from raydistill.preflight.placement import check_placement, largest_node_gpus
+        from raydistill.preflight.placement import check_placement, node_resources
         from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
         from raydistill.recovery.lease import held_async
         from raydistill.recovery.resume import find_checkpoint, locked, run_folder, run_storage
@@ -221,7 +221,7 @@ class Launch:
         self._findings = await asyncio.to_thread(self._examine, inputs)
         self._folder = await asyncio.to_thread(run_folder, config, inputs.data.fingerprint)
         start_cluster(config)
-        check_placement(config, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
+        check_placement(config, node_resources(ray.nodes()))
         await asyncio.to_thread(check_nodes_reach_storage, config)
         self._seconds["checks"] = time.time() - start
         stored = run_storage(config, self._folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from raydistill.config import Config
 from raydistill.errors import ConfigError
 
 if TYPE_CHECKING:
+    from raydistill.demo.pretrain import TeacherRecipe
     from raydistill.demo.world import World
 
 
@@ -30,20 +31,14 @@ def resolve_world(config: Config, console: Console) -> Config:
 
 def build_world(config: Config, console: Console) -> World:
     """Make the world that the config names, or find it where an earlier run left it."""
-    from raydistill.demo.world import (
-        LANGUAGE_RECIPE,
-        STORIES_RECIPE,
-        prepare_question_answers,
-        prepare_stories,
-        prepare_text,
-    )
+    from raydistill.demo.world import prepare_question_answers, prepare_stories, prepare_text
 
     folder, train, test = world_folder(config), config.world.train_path, config.world.test_path
     if config.world.name == "stories":
-        return prepare_stories(folder, _recipe(STORIES_RECIPE, config), console=console)
+        return prepare_stories(folder, world_recipe(config), console=console)
     prepare = prepare_text if config.world.name == "text" else prepare_question_answers
     assert train is not None and test is not None  # config/checks.py asks for them
-    return prepare(folder, train, test, _recipe(LANGUAGE_RECIPE, config), console=console)
+    return prepare(folder, train, test, world_recipe(config), console=console)
 
 
 def with_world(config: Config, world: World) -> Config:
@@ -59,9 +54,13 @@ def with_world(config: Config, world: World) -> Config:
     )
 
 
-def _recipe(base: Any, config: Config) -> Any:
+def world_recipe(config: Config) -> TeacherRecipe:
+    """Size and schedule of the teacher that the config's world has, or will have."""
+    from raydistill.demo.world import LANGUAGE_RECIPE, STORIES_RECIPE
+
+    base = STORIES_RECIPE if config.world.name == "stories" else LANGUAGE_RECIPE
     known = {f.name for f in fields(base)}
     for name in config.world.recipe:
         if name not in known:
             raise ConfigError(f"world.recipe has no setting {name!r}; it has {', '.join(sorted(known))}")
-    return replace(base, **config.world.recipe)
+    return replace(base, **cast("dict[str, Any]", config.world.recipe))

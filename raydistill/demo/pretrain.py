@@ -89,8 +89,23 @@ def train_language_model(
 
 def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A fresh float32 Qwen3 of the recipe's size, its weights drawn from the recipe's seed."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    config = _architecture(
+        recipe, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return Qwen3ForCausalLM(config).float()
+
+
+def empty_teacher(recipe: TeacherRecipe) -> Qwen3ForCausalLM:
+    """The same without weights (meta device), with as many ids as the recipe allows: what is known before the tokenizer."""
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(_architecture(recipe, recipe.vocab_size))
+
+
+def _architecture(recipe: TeacherRecipe, vocab_size: int, **special_ids: int | None) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.mlp_size,
         num_hidden_layers=recipe.num_layers,
@@ -101,13 +116,9 @@ def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen
         rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **special_ids,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return Qwen3ForCausalLM(config).float()
 
 
 def run_steps(

@@ -8,6 +8,8 @@ mask, no mean, no clamp: a negative value is information (rounding, or a target 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
@@ -91,6 +93,9 @@ def divergence_named(name: str) -> Divergence:
         near = get_close_matches(name, DIVERGENCES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(DIVERGENCES)}"
         raise UserError(f"objective.divergence={name!r} is unknown; {hint}; one of your own is module:function")
+    folder = os.getcwd()
+    if folder not in sys.path:  # the console script has its own folder there, not the one that it is called in
+        sys.path.insert(0, folder)
     try:
         found: Divergence = getattr(import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

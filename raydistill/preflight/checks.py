@@ -59,7 +59,7 @@ def check_models(config: Config) -> ModelFacts:
             f"data.max_length={config.data.max_length} is longer than the model's {max_length} positions; lower it to "
             f"{max_length} or choose a model with more"
         )
-    _check_layers(config)
+    check_layers(config, _empty_student(config))
     _check_ranks(config, model_config)
     return ModelFacts(
         tokenizer=tokenizer,
@@ -161,21 +161,26 @@ def _eos_ids(field: str, model: str, tokenizer: Any) -> tuple[int, ...]:
     return ids
 
 
-def _check_layers(config: Config) -> None:
-    """Group sizes and adapter targets against the architecture, without weights."""
-    from raydistill.models import StudentSpec, empty_model
-    from raydistill.quant.student import prepare_student
+def _empty_student(config: Config) -> Any:
+    from raydistill.models import empty_model
 
-    spec = StudentSpec.of(config)
+    model = config.student.model
+    assert model is not None
     try:
-        model = empty_model(spec.model, config.student.trust_remote_code)
+        return empty_model(model, config.student.trust_remote_code)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"student.model={spec.model!r} is no causal language model: {reason}") from error
-    # Without a format nothing is computed on the empty weights; the group size is checked by hand.
-    from raydistill.quant.grid import check_group_size
-    from raydistill.quant.student import quantizable_modules
+        raise ModelError(f"student.model={model!r} is no causal language model: {reason}") from error
 
+
+def check_layers(config: Config, model: Any) -> None:
+    """Group sizes and adapter targets against the architecture, a model without weights that becomes a student."""
+    from raydistill.models import StudentSpec
+    from raydistill.quant.grid import check_group_size
+    from raydistill.quant.student import prepare_student, quantizable_modules
+
+    spec = StudentSpec.of(config)
+    # Without a format nothing is computed on the empty weights; the group size is checked by hand.
     layers = quantizable_modules(model, config.quant.skip)
     if spec.weight_format is not None:
         for name, layer in layers.items():

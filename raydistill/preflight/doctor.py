@@ -63,9 +63,9 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
     inputs = None
     try:
         from raydistill.inputs import load_inputs
-        from raydistill.preflight.plan import with_world_model
+        from raydistill.preflight.planned import with_built_world
 
-        config = with_world_model(config)
+        config = with_built_world(config)
         inputs = load_inputs(config, quiet_console())
     except UserError as error:
         found += [Finding(check="models and data", status="problem", text=line) for line in str(error).splitlines()]
@@ -86,7 +86,7 @@ def quiet_console() -> Any:
 
 def placement_findings(config: Config) -> list[Finding]:
     """The placement plan against the cluster, where one answers, else against this machine."""
-    from raydistill.preflight.placement import check_placement, largest_node_gpus, placement_plan
+    from raydistill.preflight.placement import check_placement, node_resources, placement_plan
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -95,11 +95,11 @@ def placement_findings(config: Config) -> list[Finding]:
         from raydistill.launch import start_cluster
 
         start_cluster(config)
-        check_placement(config, ray.cluster_resources(), largest_node_gpus(ray.nodes()))
+        check_placement(config, node_resources(ray.nodes()))
         return [Finding(check="placement", status="ok", text=f"fits the cluster at {address}")]
     cpus = config.cluster.num_cpus or os.cpu_count() or 1
     here = config.model_copy(update={"cluster": config.cluster.model_copy(update={"by_role": False})})
-    check_placement(here, {"CPU": cpus, "GPU": _num_gpus()})
+    check_placement(here, [{"CPU": cpus, "GPU": _num_gpus()}])
     parts = ", ".join(f"{d.role} {d.count} x ({d.num_cpus:g} CPU, {d.num_gpus:g} GPU)" for d in placement_plan(config))
     return [Finding(check="placement", status="ok", text=f"fits a local cluster of {cpus} CPUs: {parts}")]
 

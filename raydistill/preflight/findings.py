@@ -33,10 +33,10 @@ class Finding:
 
 def findings_of(inputs: RunInputs) -> list[Finding]:
     """Everything that can be said of inputs that were read: models, template, memory, disk, ports. Starts nothing."""
-    from raydistill.preflight.plan import Speeds, make_plan
+    from raydistill.preflight.plan import make_plan
 
     config = inputs.config
-    plan = make_plan(config, Speeds(rates={}))
+    plan = make_plan(config)
     trainable = plan["student"]["trainable"]
     found = [*model_findings(inputs), memory_finding(plan)]
     run = goes_on_with(config, inputs.data.fingerprint)

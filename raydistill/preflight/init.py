@@ -131,7 +131,7 @@ def split_devices(num_gpus: int, teacher_gpus: int = 1, rollout_gpus: int = 1) -
 def gpus_for(tree: dict[str, Any], role: Literal["teacher", "rollout"], num_gpus: int, gpu_memory_gib: float) -> int:
     """GPUs over which one actor of a role has to be split: the fewest at which its weights and what it computes at once fit
     each of them (of a rollout engine the weights alone: its cache takes what is left). ConfigError if all are too few."""
-    from raydistill.preflight.plan import Speeds, make_plan
+    from raydistill.preflight.plan import make_plan
 
     room = gpu_memory_gib * 2**30 * (HEADROOM if role == "teacher" else ENGINE_WEIGHTS)
     needed, number = 0.0, 1
@@ -139,7 +139,7 @@ def gpus_for(tree: dict[str, Any], role: Literal["teacher", "rollout"], num_gpus
         split = {"num_gpus": number} | ({"tensor_parallel_size": number} if role == "rollout" else {})
         parts = [
             part
-            for part in make_plan(_validated(tree | {role: tree[role] | split}), Speeds(rates={}))["memory"]
+            for part in make_plan(_validated(tree | {role: tree[role] | split}))["memory"]
             if part["role"] == role and part["place"] == "GPU"
         ]
         needed = sum(part["bytes"] for part in parts if role == "teacher" or part["name"].startswith("weights"))
@@ -217,14 +217,14 @@ def make_config(
 
 def fit_trainer(tree: dict[str, Any], devices: Devices, gpu_memory_gib: float) -> tuple[int, bool]:
     """(sequences of a micro-batch, gradient checkpointing) of a trainer that fits its share of a device."""
-    from raydistill.preflight.plan import Speeds, make_plan
+    from raydistill.preflight.plan import make_plan
 
     room = _memory_of(devices, gpu_memory_gib) * HEADROOM
     needed = 0.0
     for checkpointing in (False, True):
         for micro in MICRO_BATCHES:
             trainer = tree["trainer"] | {"sequences_per_micro_batch": micro, "gradient_checkpointing": checkpointing}
-            plan = make_plan(_validated(tree | {"trainer": trainer}), Speeds(rates={}))
+            plan = make_plan(_validated(tree | {"trainer": trainer}))
             place = "GPU" if devices.trainer else "host"
             needed = sum(p["bytes"] for p in plan["memory"] if p["role"] == "trainer" and p["place"] == place)
             if needed <= room:

@@ -7,65 +7,58 @@ arithmetic is `estimates`; this file fills in the sizes and prints.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.config.load import load_config
-from raydistill.errors import ConfigError, UserError
-from raydistill.preflight.estimates import Answer, Stage, Step, stage_seconds, step_flops, step_seconds, wire_bytes
-from raydistill.preflight.placement import Demand, placement_plan
+from raydistill.errors import ConfigError
+from raydistill.preflight.devices import chosen_gpu, devices_of, rough_rates
+from raydistill.preflight.estimates import (
+    Answer,
+    ModelSize,
+    Stage,
+    Step,
+    StudentSize,
+    stage_seconds,
+    step_flops,
+    step_seconds,
+    wire_bytes,
+)
+from raydistill.preflight.placement import NODE_RESOURCES, Demand, placement_plan
+from raydistill.preflight.planned import planned_models, with_world_model
 from raydistill.preflight.sizes import longest, memory, model_size, student_size
-from raydistill.results.record_lines import read_record, read_spans, start_of
+from raydistill.preflight.speeds import Speeds, recorded_speeds
 from raydistill.results.tables import format_bytes
-from raydistill.results.timeline import bottleneck
-from raydistill.worlds import world_folder
 
 SUMMARY = """\
 Show what a config will ask for, and start nothing: actors, memory of each, bytes between them, FLOPs or time of a step.
 
 Every number is an estimate; the formulas stand in raydistill/preflight/estimates.py. Data rows are not read:
 without --prompt-tokens and --completion-tokens each sequence counts at its longest (data.max_length,
-rollout.max_new_tokens), and memory always does."""
+rollout.max_new_tokens), and memory always does. Without --like and --tokens-per-second-... the duration is rough: FLOPs
+and bytes over a share of what the GPU's data sheet says, or of what a core of this machine does in half a second
+(raydistill/preflight/devices.py)."""
 EXAMPLES = """\
 examples:
   raydistill plan @configs/int4_onpolicy.toml --trainer.num_workers 4 --trainer.sequences_per_step 32
         will it fit, and which actor is the largest
   raydistill plan @configs/demo.toml --like outputs/demo/runs/NAME
         the time it will take at the speeds that an earlier run recorded
+  raydistill plan @configs/int4_onpolicy.toml --gpu H100 --completion-tokens 90
+        roughly, on GPUs that are not here
   raydistill plan @mine.toml --tokens-per-second-rollout 2000 --tokens-per-second-teacher 9000 --tokens-per-second-trainer 1500
         the same at speeds that you measured: completion tokens per second of one actor (one rank)
 """
 STAGES: tuple[Stage, ...] = ("rollout", "teacher", "trainer")
-SPEED_FIELDS = {  # what a speed depends on, besides the machine
-    "student": ("model", "dtype"),
-    "teacher": ("model", "dtype", "num_gpus"),
-    "adapter": ("mode", "rank"),
-    "quant": ("format",),
-    "objective": ("target", "top_k"),
-    "rollout": ("engine", "num_gpus", "tensor_parallel_size"),
-    "trainer": ("num_gpus", "sequences_per_micro_batch", "gradient_checkpointing", "zero_stage"),
-}
-NODE_RESOURCES = {"evaluation": "teacher"}  # held-out rows are scored where the teachers are
-NO_SPEED = (
-    "no duration: nobody said how fast {missing}. Give --like RUN_FOLDER (a run on the same machines) or "
-    "--tokens-per-second-{first} N (completion tokens per second of one actor)"
+BETTER = (
+    "roughly, a factor of two is nothing unusual; better: --like RUN_FOLDER (a run on the same machines, of a few steps) or "
+    "--tokens-per-second-STAGE N"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speeds:
-    """What an earlier run measured, or the user says."""
-
-    rates: dict[Stage, float]  # completion tokens per second of one actor
-    sync_s: dict[Stage, float] = field(default_factory=dict)  # of each step: loading (rollout), publishing (trainer)
-    completion: float | None = None  # tokens of one completion there
-    step_s: float | None = None  # between two steps there
-    notes: tuple[str, ...] = ()
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -75,6 +68,7 @@ def plan_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--like", type=Path, metavar="RUN_FOLDER", help="take speeds and lengths from this run's record"
     )
+    parser.add_argument("--gpu", metavar="NAME", help="the GPUs of a rough duration (default: this machine's)")
     for stage in STAGES:
         name = f"--tokens-per-second-{stage}"
         parser.add_argument(name, type=float, metavar="N", help=f"completion tokens per second of one {stage} actor")
@@ -90,7 +84,9 @@ def plan_command(argv: Sequence[str]) -> int:
     speeds = recorded_speeds(options.like, config) if options.like else Speeds(rates={})
     given = {stage: numbers[key] for stage in STAGES if (key := f"tokens_per_second_{stage}") in numbers}
     speeds = replace(speeds, rates={**speeds.rates, **given})
-    report = make_plan(config, speeds, numbers.get("prompt_tokens"), numbers.get("completion_tokens"))
+    gpu, remark = chosen_gpu(options.gpu) if _uses_gpus(config) else ("", None)
+    report = make_plan(config, speeds, numbers.get("prompt_tokens"), numbers.get("completion_tokens"), gpu=gpu)
+    report["notes"] += [remark] if remark else []
     if options.json:
         print(json.dumps(report, indent=2))
     else:
@@ -98,40 +94,27 @@ def plan_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def with_world_model(config: Config) -> Config:
-    """The config with the model that its embedded world made earlier; building one is not this verb's work."""
-    if config.world.name == "none" or None not in (config.student.model, config.teacher.model):
-        return config
-    teacher = world_folder(config) / "teacher"
-    if not (teacher / "config.json").is_file():
-        raise ConfigError(
-            f"world.name={config.world.name!r} makes its own model, and {teacher} is not there yet: start the run once "
-            "(`raydistill demo` or `train`), or plan with others (--student.model FOLDER --teacher.model FOLDER)"
-        )
-    student = config.student.model_copy(update={"model": config.student.model or str(teacher)})
-    teaching = config.teacher.model_copy(update={"model": config.teacher.model or str(teacher)})
-    return config.model_copy(update={"student": student, "teacher": teaching})
+def _uses_gpus(config: Config) -> bool:
+    return any(demand.num_gpus for demand in placement_plan(config))
 
 
 def make_plan(
-    config: Config, speeds: Speeds, prompt_tokens: float | None = None, completion_tokens: float | None = None
+    config: Config,
+    speeds: Speeds | None = None,
+    prompt_tokens: float | None = None,
+    completion_tokens: float | None = None,
+    *,
+    gpu: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that `plan` prints, as plain values."""
-    from raydistill.models import empty_model
-    from raydistill.preflight.checks import check_models
-
-    facts = check_models(config)
-    student_model = config.student.model
-    assert student_model is not None, "check_models refuses that"
-    student = student_size(config, empty_model(student_model, config.student.trust_remote_code))
-    teacher = None
-    if config.needs_teacher:
-        same = config.teacher.model in (None, student_model)
-        code = config.teacher.trust_remote_code
-        teacher = student.model if same else model_size(empty_model(config.teacher.model or student_model, code))
+    """Everything that `plan` prints, as plain values; without `speeds` no duration. gpu: an entry of `devices.GPUS` (or "",
+    where none is booked) that makes up for speeds that are not known; without it those stages are left out."""
+    models = planned_models(config)
+    student = student_size(config, models.student)
+    teacher = model_size(models.teacher) if models.teacher is not None else None
+    speeds, rough = speeds or Speeds(rates={}), {}
     o = config.objective
     candidates = o.top_k if o.target == "top_k" else None
-    answer = Answer(vocab_size=facts.vocab_size, candidates=candidates) if config.needs_teacher else None
+    answer = Answer(vocab_size=models.vocab_size, candidates=candidates) if config.needs_teacher else None
     bound = longest(config)
     completion = min(completion_tokens or speeds.completion or bound.completion, config.data.max_length)
     prompt = min(prompt_tokens or bound.prompt, max(config.data.max_length - completion, 1))
@@ -139,6 +122,8 @@ def make_plan(
     step = Step(
         sampled=sampled, given=config.trainer.sequences_per_step - sampled, prompt=prompt, completion=completion
     )
+    if gpu is not None:
+        speeds, rough = _made_up_for(speeds, config, student, teacher, step, gpu)
     parts = memory(config, student, teacher, answer)
     demands = placement_plan(config)
     flops = step_flops(student, teacher, step, config.trainer.gradient_checkpointing)
@@ -151,12 +136,29 @@ def make_plan(
         ],
         "wire_bytes_per_step": wire,
         "flops_per_step": flops,
-        "duration": duration(config, step, speeds, flops),
+        "duration": duration(config, step, speeds, flops, rough),
         "step": asdict(step),
         "student": asdict(student),
         "teacher": asdict(teacher) if teacher is not None else None,
-        "notes": [*_notes(config, prompt_tokens, completion_tokens or speeds.completion), *speeds.notes],
+        "notes": [
+            *_notes(config, prompt_tokens, completion_tokens or speeds.completion),
+            *speeds.notes,
+            *([models.note] if models.note else []),
+        ],
     }
+
+
+def _made_up_for(
+    speeds: Speeds, config: Config, student: StudentSize, teacher: ModelSize | None, step: Step, gpu: str
+) -> tuple[Speeds, dict[Stage, str]]:
+    """The speeds with a rough one for each stage that has none, and what that one was computed from."""
+    at_work = [stage for stage, is_there in zip(STAGES, (step.sampled, teacher, True), strict=True) if is_there]
+    missing = [stage for stage in at_work if stage not in speeds.rates]
+    if not missing:
+        return speeds, {}
+    devices = devices_of(config, student.model, gpu)
+    rates = rough_rates(config, student, teacher, step, devices)
+    return replace(speeds, rates={**rates, **speeds.rates}), {stage: devices[stage].text for stage in missing}
 
 
 def _placement_row(config: Config, demand: Demand) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def _placement_row(config: Config, demand: Demand) -> dict[str, Any]:
         "cpus_each": demand.num_cpus,
         "gpus_each": demand.num_gpus,
         "tensor_parallel_size": config.rollout.tensor_parallel_size if is_rollout else 1,
-        "node_resource": NODE_RESOURCES.get(demand.role, demand.role) if config.cluster.by_role else None,
+        "node_resource": NODE_RESOURCES[demand.role] if config.cluster.by_role else None,
     }
 
 
@@ -198,74 +200,38 @@ def _notes(config: Config, prompt_tokens: float | None, completion_tokens: float
     return notes
 
 
-def duration(config: Config, step: Step, speeds: Speeds, flops: Mapping[Stage, float]) -> dict[str, Any] | None:
-    """Seconds of each stage, of a step and of all steps; None without any speed. Start-up, evaluation and export are left
-    out; publishing and loading weights count where a record says how long they took."""
+def duration(
+    config: Config, step: Step, speeds: Speeds, flops: Mapping[Stage, float], rough: Mapping[Stage, str]
+) -> dict[str, Any] | None:
+    """Seconds of each stage, of a step and of all steps; None where a speed is not known. Start-up, evaluation and export are
+    left out; publishing and loading weights count where a record says how long they took."""
     at_work = [stage for stage in STAGES if flops[stage] > 0]
-    if not any(stage in speeds.rates for stage in at_work):
+    if any(stage not in speeds.rates for stage in at_work):
         return None
     actors: dict[Stage, int] = {
         "rollout": config.rollout.num_actors,
         "teacher": config.teacher.num_actors,
         "trainer": config.trainer.num_workers,
     }
-    stages = stage_seconds(step, {stage: speeds.rates[stage] for stage in at_work if stage in speeds.rates}, actors)
+    stages = stage_seconds(step, {stage: speeds.rates[stage] for stage in at_work}, actors)
     stages = {stage: seconds + speeds.sync_s.get(stage, 0.0) for stage, seconds in stages.items()}
-    missing = [stage for stage in at_work if stage not in stages]
-    step_s = None if missing else step_seconds(stages, config.sync.max_staleness)
+    step_s = step_seconds(stages, config.sync.max_staleness)
+    if rough and config.cluster.address is None:  # each stage was taken to have its cores to itself
+        on_cores = sum(seconds * actors[stage] for stage, seconds in stages.items() if not _books_gpus(config, stage))
+        step_s = max(step_s, on_cores / (os.cpu_count() or 1))
     return {
         "tokens_per_second": {stage: speeds.rates[stage] for stage in stages},
+        "rough": dict(rough),
         "stage_s": stages,
-        "missing": missing,
         "max_staleness": config.sync.max_staleness,
         "step_s": step_s,
-        "steps_s": None if step_s is None else step_s * config.trainer.num_steps,
+        "steps_s": step_s * config.trainer.num_steps,
         "recorded_step_s": speeds.step_s,
     }
 
 
-def recorded_speeds(folder: Path, config: Config) -> Speeds:
-    """Completion tokens per busy second of one actor, over all steps of a run's record; and how that run differed."""
-    lines = list(read_record(folder))
-    steps = [line["metrics"] for line in lines if line["kind"] == "step"]
-    start = start_of(folder)
-    if start is None or not steps:
-        raise UserError(f"--like {folder}: no recorded steps there; give the folder of a run, <run.output>/runs/NAME")
-    there = start["config"]
-    rates: dict[Stage, float] = {}
-    pools: tuple[Stage, ...] = ("rollout", "teacher")
-    for stage in pools:
-        busy = sum(m.get(f"{stage}/busy_s", 0.0) for m in steps)
-        tokens = sum(m.get(f"{stage}/busy_s", 0.0) * m.get(f"{stage}/tokens_per_s", 0.0) for m in steps)
-        if busy > 0 and tokens > 0:
-            rates[stage] = tokens / busy
-    trained, busy = (sum(m.get(f"trainer/{name}", 0.0) for m in steps) for name in ("tokens", "busy_s"))
-    if busy > 0 and trained > 0:
-        rates["trainer"] = trained / busy / there["trainer"]["num_workers"]
-    loads = [line["seconds"] for line in lines if line["kind"] == "sync"]
-    notes = [f"speeds are those of {folder.name}: {bottleneck(read_spans(folder))}"]
-    if other := _differences(there, config.model_dump(mode="json")):
-        notes.append(f"that run differs, so its speeds may not hold: {', '.join(other)}")
-    return Speeds(
-        rates=rates,
-        sync_s={
-            "rollout": fmean(loads) if loads and config.needs_rollouts else 0.0,
-            "trainer": fmean(m.get("trainer/publish_s", 0.0) for m in steps),
-        },
-        completion=trained / len(steps) / there["trainer"]["sequences_per_step"] or None,
-        step_s=median(m.get("loop/step_s", 0.0) for m in steps),
-        notes=tuple(notes),
-    )
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Settings on which a speed depends, where two configs differ."""
-    return [
-        f"{section}.{name} {there[section].get(name)} there, {here[section][name]} here"
-        for section, names in SPEED_FIELDS.items()
-        for name in names
-        if there[section].get(name) != here[section][name]
-    ]
+def _books_gpus(config: Config, stage: Stage) -> bool:
+    return any(demand.role == stage and demand.num_gpus > 0 for demand in placement_plan(config))
 
 
 def show(report: Mapping[str, Any]) -> None:
@@ -283,15 +249,16 @@ def show(report: Mapping[str, Any]) -> None:
         {
             "stage": stage,
             "TFLOP": flops / 1e12,
-            "tokens/s of one actor": time and time["tokens_per_second"].get(stage),
-            "seconds": time and time["stage_s"].get(stage),
+            "tokens/s of one actor": time["tokens_per_second"][stage],
+            "seconds": time["stage_s"][stage],
         }
         for stage, flops in report["flops_per_step"].items()
         if flops
     ]
-    columns = ["stage", "TFLOP", *(["tokens/s of one actor", "seconds"] if time else [])]
-    print_table(rows, columns, title="one optimizer step (estimate)")
+    print_table(rows, list(rows[0]), title="one optimizer step (estimate)")
     print(_duration_line(report))
+    for text, stages in _by_device(time["rough"]).items():
+        console.print(f"note: the speed of {' and '.join(stages)} is a guess from {text}", style="dim")
     for note in report["notes"]:
         console.print(f"note: {note}", style="dim")
 
@@ -309,16 +276,18 @@ def _memory_rows(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def _by_device(rough: Mapping[Stage, str]) -> dict[str, list[Stage]]:
+    return {text: [stage for stage in rough if rough[stage] == text] for text in rough.values()}
+
+
 def _duration_line(report: Mapping[str, Any]) -> str:
     time = report["duration"]
-    missing = [s for s, f in report["flops_per_step"].items() if f] if time is None else time["missing"]
-    if missing:
-        subject = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
-        return NO_SPEED.format(missing=subject, first=missing[0])
     staleness, step_s, recorded = time["max_staleness"], time["step_s"], time["recorded_step_s"]
     how = "the sum of the stages" if staleness == 0 else "the slowest stage, or all of them over the steps under way"
     line = f"about {step_s:.3g} s a step (S = {staleness}: {how}), {_clock(time['steps_s'])} for all steps"
-    return line if recorded is None else f"{line}; that run took {recorded:.3g} s a step"
+    if recorded is not None:
+        line += f"; that run took {recorded:.3g} s a step"
+    return f"{line}; {BETTER}" if time["rough"] else line
 
 
 def _clock(seconds: float) -> str:

@@ -1,18 +1,16 @@
 """Weight formats as plain data: what a quantized weight is made of, with no arithmetic and no torch.
 
-A width of the integer grid is one entry in `BITS`, a format that looks values up one entry in `CODEBOOKS`, and both a name
-in `FormatName`; a run may also bring a codebook of its own (`quant.codebook`). A family with another kind of scale (NVFP4)
-arrives as one more dataclass beside `WeightFormat`; "no quantization" is the absence of a format (`None`) everywhere.
+A width of the integer grid is one entry in `BITS`, a format that looks values up one entry in `CODEBOOKS`; a run may also
+bring a codebook of its own (`quant.codebook`). A family with another kind of scale (NVFP4) arrives as one more dataclass
+beside `WeightFormat`; "no quantization" is the absence of a format (`None`) everywhere.
 """
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raydistill.errors import QuantError
 
-FormatName = Literal["int4", "int3", "int2", "nf4", "codebook"]
-"""What `quant.format` may name; "codebook" takes its values from the config."""
 ScaleRule = Literal["absmax", "searched"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -38,6 +36,12 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
 }
+if TYPE_CHECKING:
+    FormatName = str  # a type checker reads no Literal that is computed
+else:
+    FormatName = Literal[(*BITS, *CODEBOOKS, "codebook")]
+"""What `quant.format` may name, for the config's check, help and schema; "codebook" takes its values from the config."""
+
 MAX_BITS = 8  # codes are int8
 SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "searched")
 LAYOUTS: tuple[Layout, ...] = ("packed", "compressed-tensors", "dequantized")

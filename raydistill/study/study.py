@@ -117,7 +117,7 @@ class Study:
         import ray
 
         from raydistill.launch import make_pools, start_cluster
-        from raydistill.preflight.placement import check_placement
+        from raydistill.preflight.placement import check_placement, node_resources
         from raydistill.progress import spinner
 
         config = shared_config(self._config, self._config.study.arms)
@@ -127,7 +127,7 @@ class Study:
                 imports = threads.submit(import_module, "raydistill.actors.rollout_pool")
                 start_cluster(config)
                 imports.result()
-            check_placement(config, ray.cluster_resources())
+            check_placement(config, node_resources(ray.nodes()))
             pools = make_pools(config)
             if pools.rollouts is not None:
                 pools.rollouts.prepare()

@@ -20,7 +20,7 @@ from raydistill.config.load import require_inputs
 from raydistill.errors import SweepStopped
 from raydistill.launch import start_cluster
 from raydistill.preflight.findings import results_findings
-from raydistill.preflight.placement import check_placement, largest_node_gpus
+from raydistill.preflight.placement import check_placement, node_resources
 from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
 from raydistill.recovery.lease import held
 from raydistill.recovery.resume import LOCK, locked
@@ -85,11 +85,10 @@ def _tell_results(sweep: Sweep) -> None:
 
 def _check_room(sweep: Sweep) -> None:
     """ResourceError if a trial does not fit the cluster, or not as many of them as are to run at a time."""
-    resources, largest = ray.cluster_resources(), largest_node_gpus(ray.nodes())
-    configs = configs_of(sweep)
+    nodes, configs = node_resources(ray.nodes()), configs_of(sweep)
     for config in configs:
-        check_placement(config, resources, largest)
-    check_parallel(configs, min(sweep.file.parallel, sweep.num_trials), resources)
+        check_placement(config, nodes)
+    check_parallel(configs, min(sweep.file.parallel, sweep.num_trials), ray.cluster_resources())
 
 
 def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:

@@ -1,5 +1,6 @@
 """What docs/extending.md promises: its own code blocks, run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,12 +20,42 @@ from raydistill.quant.formats import BITS, CODEBOOKS, format_from_dict
 from raydistill.quant.grid import dequantize, quantize
 from raydistill.quant.packing import pack, unpack
 
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (Path(__file__).parents[2] / "docs" / "extending.md").read_text(), re.S)
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
 
 
 def block(language: str, containing: str) -> str:
     (found,) = [text for name, text in BLOCKS if name == language and containing in text]
     return found
+
+
+PROBE = """
+import sys
+sys.modules["torch"] = type(sys)("torch")  # seconds to import, and of no use here
+sys.modules["torch"].Tensor = object
+from raydistill.losses.divergence import divergence_named
+from raydistill.__main__ import main
+import raydistill.__main__ as entry
+
+def probe(argv):
+    print(divergence_named(argv[0]).__name__)
+
+entry.VERBS["probe"] = ("probe_home", "probe", "")
+sys.modules["probe_home"] = type(sys)("probe_home")
+sys.modules["probe_home"].probe = probe
+sys.exit(main())
+"""
+
+
+def test_the_console_script_finds_a_module_of_the_folder_it_is_called_in(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "my_losses.py").write_text("def skew_kl(p, q, beta, scale):\n    return (p - q).sum(-1)\n")
+    script = tmp_path / "raydistill-probe"  # as pip writes one: Python puts the script's folder on sys.path, not ours
+    script.write_text(PROBE)
+    command = [sys.executable, str(script), "probe", "my_losses:skew_kl"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "skew_kl"), done.stderr
 
 
 @pytest.fixture
@@ -137,6 +168,27 @@ def test_nf4_is_that_of_bitsandbytes() -> None:
 def test_settings_that_do_not_go_together_are_refused(quant: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         Config.model_validate({"quant": quant})
+
+
+def test_the_names_of_formats_are_the_entries_of_the_two_tables() -> None:
+    option = Config.model_json_schema()["$defs"]["QuantSection"]["properties"]["format"]["anyOf"][0]
+    assert option["enum"] == [*BITS, *CODEBOOKS, "codebook"]
+    with pytest.raises(ValueError, match="'int3', 'int2', 'nf4'"):
+        Config.model_validate({"quant": {"format": "int5"}})
+
+
+ADDED = """
+import raydistill.quant.formats as formats
+source = open(formats.__file__).read().replace('"int2": 2}', '"int2": 2, "int6": 6}')
+exec(compile(source, formats.__file__, "exec"), formats.__dict__)
+from raydistill.config import Config
+print(Config.model_validate({"quant": {"format": "int6"}}).quant.weight_format.name)
+"""
+
+
+def test_one_entry_makes_a_format_that_the_config_accepts() -> None:
+    done = subprocess.run([sys.executable, "-c", ADDED], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "int6-g32-asym-searched", done.stderr
 
 
 def test_another_width_of_the_integer_grid_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

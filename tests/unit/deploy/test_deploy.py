@@ -1,7 +1,8 @@
 """What stands in the files of a cluster: Ray's own schema, KubeRay's required fields, known metrics, pins that agree.
 
-The manifest's structure is checked by hand (KubeRay's schema is no part of the project) and by Ray's reading of such a
-manifest; that a real cluster accepts these files is not tested here.
+KubeRay's schema is no part of the project: the manifest may hold the fields named here and no other, and each of these was
+looked up in KubeRay's schema (the CRD `rayjobs.ray.io` of 1.6.0 and 1.7.0). Ray's own reading of such a manifest is the other
+check; that a real cluster accepts these files is not tested here.
 """
 
 import json
@@ -21,8 +22,8 @@ from ray.autoscaler._private.resource_demand_scheduler import _default_utilizati
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raydistill.config.load import load_config
-from raydistill.errors import ConfigError
-from raydistill.preflight.placement import placement_plan
+from raydistill.errors import ConfigError, ResourceError
+from raydistill.preflight.placement import NODE_RESOURCES, check_placement, placement_plan
 
 ROOT = Path(__file__).parents[3]
 ROLES = ("rollout", "teacher", "trainer")
@@ -74,29 +75,64 @@ def groups(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
 
 
+TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+
+
+def closed(*required: str, **fields: Any) -> dict[str, Any]:
+    """A JSON schema of an object that has these fields and no other."""
+    return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+
+
+def list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1}
+
+
+AMOUNTS = {"type": "object", "additionalProperties": {"anyOf": [TEXT, COUNT]}}
+CONTAINER = closed(
+    "name", "image",
+    name=TEXT, image=TEXT,
+    ports=list_of(closed("containerPort", name=TEXT, containerPort=COUNT)),
+    envFrom=list_of(closed(secretRef=closed("name", name=TEXT, optional=FLAG))),
+    volumeMounts=list_of(closed("name", "mountPath", name=TEXT, mountPath=TEXT)),
+    resources=closed(requests=AMOUNTS, limits=AMOUNTS),
+)  # fmt: skip
+POD = closed(
+    "containers",
+    restartPolicy={"enum": ["Never", "OnFailure", "Always"]},
+    securityContext=closed(runAsNonRoot=FLAG, runAsUser=COUNT, runAsGroup=COUNT, fsGroup=COUNT),
+    containers=list_of(CONTAINER),
+    volumes=list_of(closed("name", name=TEXT, persistentVolumeClaim=closed("claimName", claimName=TEXT))),
+)
+GROUP = {"rayStartParams": TEXTS, "template": closed("spec", spec=POD)}
+WORKERS = closed(
+    "rayStartParams", "template", "groupName", "minReplicas", "maxReplicas",
+    groupName=TEXT, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, **GROUP,
+)  # fmt: skip
+RAY_CLUSTER = closed(
+    "headGroupSpec",
+    rayVersion=TEXT,
+    authOptions=closed(mode={"enum": ["token", "disabled"]}),
+    headGroupSpec=closed("rayStartParams", "template", **GROUP),
+    workerGroupSpecs=list_of(WORKERS),
+)
+RAY_JOB = closed(
+    "apiVersion", "kind", "metadata", "spec",
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=closed("name", name={"type": "string", "pattern": r"^[a-z]([-a-z0-9]{0,45}[a-z0-9])?$"}),
+    spec=closed(
+        "entrypoint", "rayClusterSpec",
+        entrypoint=TEXT, backoffLimit=COUNT, shutdownAfterJobFinishes=FLAG, ttlSecondsAfterFinished=COUNT,
+        rayClusterSpec=RAY_CLUSTER,
+    ),
+)  # fmt: skip
+
+
 def kuberay_problems(document: dict[str, Any]) -> list[str]:
-    """Fields that KubeRay (ray.io/v1) requires and the manifest lacks."""
-    problems = []
-    if (document.get("apiVersion"), document.get("kind")) != ("ray.io/v1", "RayJob"):
-        problems.append("apiVersion, kind")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", document.get("metadata", {}).get("name", "")):
-        problems.append("metadata.name")
-    spec = document["spec"]
-    problems += [f"spec.{field}" for field in ("entrypoint", "rayClusterSpec") if not spec.get(field)]
-    cluster = spec.get("rayClusterSpec", {})
-    for place, group in [("head", cluster.get("headGroupSpec", {}))] + [
-        (f"worker {index}", group) for index, group in enumerate(cluster.get("workerGroupSpecs", []))
-    ]:
-        wanted = ["rayStartParams", "template"]
-        wanted += ["groupName", "minReplicas", "maxReplicas"] if place != "head" else []
-        problems += [f"{place}: {field}" for field in wanted if field not in group]
-        problems += [
-            f"{place}: {k} is no string" for k, v in group.get("rayStartParams", {}).items() if not isinstance(v, str)
-        ]
-        containers = group.get("template", {}).get("spec", {}).get("containers", [])
-        problems += [f"{place}: containers"] if not containers else []
-        problems += [f"{place}: container.{f}" for c in containers for f in ("name", "image") if f not in c]
-    return problems
+    """Where the manifest has a field that is not known, or lacks one that KubeRay (ray.io/v1) requires."""
+    found = jsonschema.Draft202012Validator(RAY_JOB).iter_errors(document)
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
 
 
 def pins(name: str) -> dict[str, str]:
@@ -126,7 +162,8 @@ def test_cluster_file_has_a_node_type_with_a_resource_for_each_role(cluster):
     for role in ROLES:
         resources = types[role]["resources"]
         assert set(resources) == {"CPU", "GPU", role}, f"{role}: {resources}"
-        assert resources[role] == resources["GPU"] >= 1
+        assert resources[role] == 1
+        assert resources["GPU"] >= 1
         assert 1 <= types[role]["min_workers"] <= types[role]["max_workers"]
     assert sum(types[role]["max_workers"] for role in ROLES) <= cluster["max_workers"]
 
@@ -153,26 +190,45 @@ def test_cluster_file_installs_the_pins_and_holds_no_secret(cluster):
         )
 
 
-def test_manifest_has_what_kuberay_requires(manifest):
+def test_manifest_has_the_fields_that_kuberay_knows_and_requires(manifest):
     assert kuberay_problems(manifest["RayJob"]) == []
 
 
+WORKER = ("spec", "rayClusterSpec", "workerGroupSpecs", 1)
+
+
 @pytest.mark.parametrize(
-    ("path", "problem"),
+    ("path", "instead", "problem"),
     [
-        (("entrypoint",), "spec.entrypoint"),
-        (("rayClusterSpec", "headGroupSpec", "template"), "head: template"),
-        (("rayClusterSpec", "workerGroupSpecs", 1, "groupName"), "worker 1: groupName"),
-        (("rayClusterSpec", "workerGroupSpecs", 2, "maxReplicas"), "worker 2: maxReplicas"),
+        (("spec", "entrypoint"), None, "spec: 'entrypoint' is a required property"),
+        (("spec", "backoffLimit"), "backOffLimit", "spec: Additional properties are not allowed ('backOffLimit'"),
+        (
+            ("spec", "rayClusterSpec", "headGroupSpec", "template"),
+            None,
+            "spec.rayClusterSpec.headGroupSpec: 'template' is a required property",
+        ),
+        ((*WORKER, "groupName"), None, "spec.rayClusterSpec.workerGroupSpecs.1: 'groupName' is a required property"),
+        ((*WORKER, "minReplicas"), "minReplica", "('minReplica' was unexpected)"),
+        ((*WORKER, "rayStartParams", "resources"), ("resources", {"rollout": 1}), "is not of type 'string'"),
+        ((*WORKER, "template", "spec", "containers", 0, "envFrom"), "envfrom", "('envfrom' was unexpected)"),
+        (
+            (*WORKER, "template", "spec", "containers", 0, "resources", "limits"),
+            "limit",
+            "containers.0.resources: Additional properties are not allowed ('limit'",
+        ),
     ],
 )
-def test_a_missing_field_of_the_manifest_is_noticed(manifest, path, problem):
-    damaged = deepcopy(manifest["RayJob"])
-    place = damaged["spec"]
+def test_a_missing_or_misspelt_field_of_the_manifest_is_noticed(manifest, path, instead, problem):
+    damaged = json.loads(json.dumps(manifest["RayJob"]))  # without the YAML's shared parts
+    place = damaged
     for step in path[:-1]:
         place = place[step]
-    del place[path[-1]]
-    assert problem in kuberay_problems(damaged)
+    value = place.pop(path[-1])
+    if isinstance(instead, tuple):
+        place[instead[0]] = instead[1]
+    elif instead is not None:
+        place[instead] = value
+    assert any(problem in found for found in kuberay_problems(damaged)), kuberay_problems(damaged)
 
 
 def test_ray_reads_the_roles_out_of_the_manifest(job):
@@ -184,7 +240,7 @@ def test_ray_reads_the_roles_out_of_the_manifest(job):
     assert types["headgroup"]["resources"]["CPU"] == 0
     for role in ROLES:
         resources = types[role]["resources"]
-        assert resources[role] == resources["GPU"] >= 1, f"{role}: {resources}"
+        assert resources[role] == 1 <= resources["GPU"], f"{role}: {resources}"
         assert {other for other in ROLES if other in resources} == {role}
 
 
@@ -203,14 +259,30 @@ def test_manifest_retries_with_a_fixed_name_on_the_shared_volume(manifest, job):
         assert [m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if m["name"] in volumes] == [SHARED], name
 
 
-def test_manifest_has_room_for_the_run_it_starts(job):
+def smallest_nodes(types: dict[str, Any]) -> list[dict[str, float]]:
+    """The resources of the nodes that Ray keeps when nobody asks for more."""
+    return [dict(node["resources"]) for node in types.values() for _ in range(node.get("min_workers", 1))]
+
+
+def test_manifest_has_room_by_role_for_the_run_it_starts(job):
     config = load_config(arguments_of(job["entrypoint"])).config
-    for demand in placement_plan(config):
-        if demand.role not in ROLES:
-            continue
-        group = groups(job)[demand.role]
-        gpus = group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
-        assert demand.count * demand.num_gpus <= group["minReplicas"] * gpus, demand
+    assert config.cluster.by_role, "the nodes' role resources would say nothing"
+    assert {NODE_RESOURCES[demand.role] for demand in placement_plan(config)} == set(ROLES)
+    derived = _derive_autoscaling_config_from_ray_cr(
+        {"metadata": {"name": "raydistill", "namespace": "default"}, "spec": deepcopy(job["rayClusterSpec"])}
+    )
+    nodes = smallest_nodes(derived["available_node_types"])
+    check_placement(config, nodes)
+    with pytest.raises(ResourceError, match="resource 'trainer'"):
+        check_placement(config, [node for node in nodes if "trainer" not in node])
+
+
+def test_cluster_file_has_room_by_role_for_the_job_of_the_docs(cluster):
+    jobs = re.findall(r"-- python -m raydistill.train ((?:\\\n|[^\n])*)", (ROOT / "docs/cluster.md").read_text())
+    (words,) = [shlex.split(job.replace("\\\n", " ")) for job in jobs if "int4-onpolicy" in job]
+    config = load_config([word.replace("@configs", f"@{ROOT}/configs") for word in words]).config
+    assert config.cluster.by_role
+    check_placement(config, smallest_nodes(prepare_config(deepcopy(cluster))["available_node_types"]))
 
 
 def test_every_container_has_requests_within_its_limits_and_one_image(job):

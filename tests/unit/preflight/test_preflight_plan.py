@@ -1,6 +1,8 @@
 """The plan's arithmetic against numbers computed by hand, and its sizes against real models and messages."""
 
 import json
+import re
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from raydistill.__main__ import dispatch
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
+from raydistill.demo.pretrain import TeacherRecipe
 from raydistill.losses import logsumexp
 from raydistill.messages import Samples, TeacherDense, TeacherTopK, TokenRows
 from raydistill.models import StudentSpec, empty_model
+from raydistill.preflight.devices import GPUS, Device, gpu_named, measure_cpu, rough_rates
 from raydistill.preflight.estimates import (
     LOSS_CHUNK_LOGITS,
     SEARCH_CANDIDATES,
@@ -27,6 +31,7 @@ from raydistill.preflight.estimates import (
     Mode,
     ModelSize,
     Part,
+    Stage,
     Step,
     StudentSize,
     activation_bytes,
@@ -409,7 +414,7 @@ def test_the_json_has_every_part_of_the_plan(folder: Path, capsys: pytest.Captur
     }  # fmt: skip
     assert (report["student"]["trainable"], report["teacher"]["parameters"]) == (ADAPTER, PARAMETERS)
     assert report["wire_bytes_per_step"]["adapter to rollout actors"] == 4 * ADAPTER
-    assert report["duration"] is None
+    assert set(report["duration"]["rough"]) == {"rollout", "teacher", "trainer"}
     assert any("takes 85% of its GPUs" in note for note in report["notes"])
     assert any(note.startswith("rollout: the GPU parts above are those of each") for note in report["notes"])
 
@@ -432,8 +437,9 @@ def test_speeds_that_the_user_gives_make_a_duration(folder: Path, capsys: pytest
     assert times[0]["stage_s"] == {"rollout": 1.6, "teacher": 0.8, "trainer": 6.4}
     assert [time["step_s"] for time in times] == pytest.approx([8.8, 6.4])
     assert times[0]["steps_s"] == pytest.approx(7 * 8.8)
+    assert times[0]["rough"] == {}
     part = plan(folder, capsys, *speeds[:2])["duration"]
-    assert (part["missing"], part["step_s"]) == (["teacher", "trainer"], None)
+    assert (part["tokens_per_second"]["rollout"], set(part["rough"])) == (100, {"teacher", "trainer"})
 
 
 def write_run(folder: Path, config: Config) -> Path:
@@ -461,12 +467,24 @@ def test_a_recorded_run_lends_its_speeds_and_says_how_it_differs(
     assert any("adapter.rank 32 there, 4 here" in note for note in report["notes"])
 
 
-def test_without_a_speed_the_tables_say_how_to_get_a_duration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_speed_the_duration_is_rough_and_says_how_to_get_a_better_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main_with_errors(dispatch, arguments(folder)) == 0
-    out = capsys.readouterr().out
-    assert "memory of one actor (estimate)" in out
-    assert "no duration: nobody said how fast rollout and teacher and trainer are. Give --like RUN_FOLDER" in out
-    assert "seconds" not in out
+    said = capsys.readouterr()
+    assert "memory of one actor (estimate)" in said.out
+    assert re.search(r"about \S+ s a step .* for all steps; roughly, a factor of two .* --like RUN_FOLDER", said.out)
+    assert "the speed of rollout and teacher and trainer is a guess from one core of this machine: 50% of" in said.err
+
+
+def test_gpus_that_are_not_here_are_named_or_assumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpus = [f"--{role}.num_gpus" for role in ("rollout", "teacher", "trainer")]
+    on_gpus = [part for field in gpus for part in (field, "1")]
+    report = plan(folder, capsys, *on_gpus, "--gpu", "h100")
+    assert set(report["duration"]["rough"].values()) == {"H100: 40% of 989 TFLOP/s (bfloat16), 60% of 3350 GB/s"}
+    if not torch.cuda.is_available():
+        report = plan(folder, capsys, *on_gpus)
+        assert "no GPU is here, so speeds are those of L4 GPUs; name yours with --gpu" in report["notes"]
 
 
 @pytest.mark.parametrize(
@@ -477,6 +495,7 @@ def test_without_a_speed_the_tables_say_how_to_get_a_duration(folder: Path, caps
         (["--quant.group_size", "5"], "group_size=5 does not divide"),
         (["--like", "nowhere"], "--like nowhere: no recorded steps there"),
         (["--tokens-per-second-rollout", "0"], "--tokens-per-second-rollout 0 is not above 0"),
+        (["--rollout.num_gpus", "1", "--gpu", "H1000"], "--gpu 'H1000' is not known; choose from T4, A10G"),
     ],
 )
 def test_what_cannot_be_planned_ends_with_exit_code_2(
@@ -501,6 +520,71 @@ def test_a_world_that_is_built_gives_its_model(
     assert report["student"]["model"]["parameters"] == report["teacher"]["parameters"] == PARAMETERS
 
 
-def test_a_world_that_is_not_built_yet_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main_with_errors(dispatch, ["plan", "--world.name", "stories", "--world.folder", str(tmp_path)]) == 2
-    assert "makes its own model" in capsys.readouterr().err
+def test_a_world_that_is_not_built_yet_is_planned_with_its_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = ["--world.name", "stories", "--world.folder", str(tmp_path / "none")]
+    command = ["plan", "--json", *world, "--data.max_length", "256"]
+    assert main_with_errors(dispatch, command) == 0
+    report = json.loads(capsys.readouterr().out)
+    recipe = TeacherRecipe()
+    assert report["student"]["model"] == report["teacher"]
+    assert (report["teacher"]["hidden"], report["teacher"]["layers"]) == (recipe.hidden_size, recipe.num_layers)
+    assert report["duration"]["step_s"] > 0
+    assert any("the world 'stories' is not built yet" in note for note in report["notes"])
+    assert main_with_errors(dispatch, [*command, "--quant.group_size", "36"]) == 2
+    assert "group_size=36 does not divide" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+ROUND = Device(text="", flops=1e6, bytes_per_s=1e4, layer_s=0.01, decode_s=0.1)
+DEVICES: dict[Stage, Device] = {"rollout": ROUND, "teacher": ROUND, "trainer": ROUND}
+CONFIG = Config.model_validate({"trainer": {"sequences_per_step": 8, "sequences_per_micro_batch": 2}})
+
+
+def test_a_rough_speed_is_what_the_device_can_do() -> None:
+    """80 completion tokens of 8 sequences; 6 are sampled."""
+    flops = step_flops(STUDENT, MODEL, STEP, False)
+    rates = rough_rates(CONFIG, STUDENT, MODEL, STEP, DEVICES)
+    assert rates["teacher"] == pytest.approx(80 / (flops["teacher"] / 1e6 + 3 * 0.01))  # one batch through 3 layers
+    assert rates["trainer"] == pytest.approx(80 / (flops["trainer"] / 1e6 + 4 * 3 * 3 * 0.01))  # 4 micro-batches
+    # A decoded token reads 1000 weights of 2 bytes and the cache of half of 10 tokens and 5 before them.
+    read = 1000 * 2 + 2 * 3 * 4 * 6 * 10 * 2
+    prompts = 6 * (2 * 600 * 5 + 2 * 3 * 12 * 5**2)
+    seconds = prompts / 1e6 + 0.03 + 10 * (read / 1e4 + 0.03 + 0.1)
+    assert rates["rollout"] == pytest.approx(6 * 10 / seconds)
+
+
+def test_more_actors_sample_faster_together_but_each_reads_all_weights() -> None:
+    two = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"num_actors": 2})})
+    one, each = (rough_rates(config, STUDENT, MODEL, STEP, DEVICES)["rollout"] for config in (CONFIG, two))
+    assert each < one < 2 * each
+    assert "rollout" not in rough_rates(CONFIG, STUDENT, None, replace(STEP, sampled=0, given=8), DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("said", "entry"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40G"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("A10G", "A10G"),
+        ("nvidia l40s", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_names_that_cuda_ray_and_people_use(said: str, entry: str | None) -> None:
+    assert gpu_named(said) == entry
+    assert all(gpu_named(name) == name for name in GPUS)
+
+
+def test_a_core_is_measured_within_a_second() -> None:
+    start = time.monotonic()
+    threads = torch.get_num_threads()
+    device = measure_cpu("float32", MODEL)
+    assert time.monotonic() - start < 10  # a fraction of a second where the machine is free
+    assert (device.flops > 1e6, device.bytes_per_s > 1e7, torch.get_num_threads()) == (True, True, threads)
