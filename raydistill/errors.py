@@ -77,9 +77,9 @@ def disk_errors(what: str, *others: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, *others) as error:
-        if isinstance(error, RunError):
-            raise  # a clear line already
+    except Exception as error:
+        if isinstance(error, RunError) or not isinstance(error, (OSError, *others)):
+            raise  # a clear line already, or no trouble of a disk's
         reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"cannot write {what}: {reason}; make room there (or fix the folder's permissions) and start the same command "

@@ -111,7 +111,7 @@ def make_plan(
     models = planned_models(config)
     student = student_size(config, models.student)
     teacher = model_size(models.teacher) if models.teacher is not None else None
-    speeds, rough = speeds or Speeds(rates={}), {}
+    speeds, rough = speeds or Speeds(rates={}), dict[Stage, str]()
     o = config.objective
     candidates = o.top_k if o.target == "top_k" else None
     answer = Answer(vocab_size=models.vocab_size, candidates=candidates) if config.needs_teacher else None
