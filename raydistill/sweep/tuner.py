@@ -168,8 +168,9 @@ def found_before(sweep: Sweep) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()
-    direction = "minimize" if sweep.mode == "min" else "maximize"
-    study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
+    study = optuna.create_study(
+        storage=storage, study_name=sweep.name, direction="minimize" if sweep.mode == "min" else "maximize"
+    )
     distributions = OptunaSearch.convert_search_space(_domains(sweep))
     states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
     for trial in SweepState.of(sweep).trials.values():
