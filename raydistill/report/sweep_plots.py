@@ -118,7 +118,7 @@ def plot_importance(importance: Importance, metric: str, path: Path) -> Path:
     bars = axes.barh(range(len(names)), shares, height=0.62, color=paper().lines[0], zorder=2)
     axes.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=5)
     axes.set_yticks(range(len(names)), short_names(names))
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 108)  # room for the label of a bar that takes it all

@@ -163,14 +163,14 @@ def found_before(sweep: Sweep) -> Any:
     it behind all that finished. That of a failed trial says nothing, and Optuna takes nothing that is no number.
     """
     import optuna
-    from optuna.study import StudyDirection
     from optuna.trial import TrialState
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()
-    direction = StudyDirection.MINIMIZE if sweep.mode == "min" else StudyDirection.MAXIMIZE
-    study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
+    study = optuna.create_study(
+        storage=storage, study_name=sweep.name, direction="minimize" if sweep.mode == "min" else "maximize"
+    )
     distributions = OptunaSearch.convert_search_space(_domains(sweep))
     states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
     for trial in SweepState.of(sweep).trials.values():

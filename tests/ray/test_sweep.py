@@ -1,6 +1,8 @@
 """Sweeps with the real Ray Tune: sharing changes no result, a failing trial ends nothing, a killed sweep goes on."""
 
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from run_helpers import QUIET, losses, sweep_file, trial_config
 
 from raydistill.config import Config
+from raydistill.data.schedule import StepSchedule
 from raydistill.errors import UserError
 from raydistill.launch import Pools, run
 from raydistill.results.record import read_record
@@ -17,14 +20,24 @@ from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
-STEPS_OF_A_STOPPED_SWEEP = 40  # so many that a signal is heard before they are over
 NO_NUMBER = 1e30  # a learning rate after which every loss is NaN
 
 
 def short_config(make_config: Any, output: Path, **changes: Any) -> Config:
     return trial_config(make_config, output, rollout={"engine": "hf"}, trainer={"num_steps": STEPS}, **changes)
+
+
+def check_each_row_of_the_data_set_was_computed_once(config: Config, rows: dict[str, int]) -> None:
+    """Of three trials with the same rows. What students sampled is computed every time: by two trials in all of their steps,
+    by the one that failed in some."""
+    example: Any = SimpleNamespace(has_reference=True)
+    objective, size = config.objective, config.trainer.sequences_per_step
+    schedule = StepSchedule([example], config.run.seed, size, objective.on_policy_fraction, objective.mixing)
+    sampled = [int(schedule.is_on_policy(step).sum()) for step in range(STEPS)]
+    distinct = config.data.eval_rows + STEPS * size - sum(sampled)
+    assert rows["computed_rows"] - 2 * sum(sampled) - distinct in list(accumulate(sampled))
+    assert rows["kept_rows"] >= distinct, "the second of the finished trials had all of them from those kept"
 
 
 def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_config: Any, tmp_path: Path) -> None:
@@ -42,7 +55,7 @@ def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_confi
     assert result.num_finished == 2
     assert state["shared"]["pools"] == {"rollouts": 1, "teachers": 1, "evaluator": 1, "trainers": 1}
     assert state["shared"]["datasets"] == 1
-    assert state["shared"]["teacher_rows"]["kept_rows"] > 0
+    check_each_row_of_the_data_set_was_computed_once(config, state["shared"]["teacher_rows"])
 
     for trial in (trials[0], trials[2]):
         rate = trial["values"]["trainer.learning_rate"]

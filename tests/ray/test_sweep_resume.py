@@ -26,8 +26,8 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
     ray_cluster: Any, make_config: Any, tmp_path: Path
 ) -> None:
     """Three lives of one command. The first is killed in the second trial, and its disk is lost; the second goes on from
-    `run.storage`, and is stopped in the same trial, after the folder that it was started in has gone (as that of a Ray job
-    may); the third ends it."""
+    `run.storage`, and is stopped by Ctrl-C in the same trial, after the folder that it was started in has gone (as that of a
+    Ray job may); the third ends it."""
     config = trial_config(
         make_config,
         tmp_path / "out",
@@ -54,7 +54,7 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
     address = ray_cluster.get_runtime_context().gcs_address
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     runs, codes, stood = tmp_path / "out" / "runs", [], []
-    for life, (step, number) in enumerate(((4, signal.SIGKILL), (10, signal.SIGTERM), (STEPS - 1, None))):
+    for life, (step, number) in enumerate(((4, signal.SIGKILL), (10, signal.SIGINT), (STEPS - 1, None))):
         started_in, path = tmp_path / f"job-{life}", tmp_path / f"log-{life}"
         started_in.mkdir()
         with path.open("w") as log:
@@ -67,7 +67,9 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
             pytest.fail(f"{error}\n{path.read_text()[-5000:]}")
         finally:
             started_in.rmdir()
-            if number:
+            if number == signal.SIGINT:
+                os.killpg(sweep.pid, number)  # as a terminal does: whatever the command started hears it too
+            elif number:
                 sweep.send_signal(number)
             codes.append(sweep.wait(120))
         if number == signal.SIGKILL:  # whatever still writes there writes to what is gone
@@ -75,7 +77,7 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
         else:
             state = read_state(tmp_path / "out" / "sweeps" / "lr")
             stood.append([trial["status"] for trial in state["trials"]])
-        if number == signal.SIGTERM:
+        if number == signal.SIGINT:
             trained = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "step"]
             newest, _ = newest_checkpoint(runs / "lr-001" / "checkpoints")
             assert trained == list(range(len(trained)))

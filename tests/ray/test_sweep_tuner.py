@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from raydistill.sweep.recorder import SweepRecorder
+from raydistill.sweep.space import gathered
 from raydistill.sweep.spec import Sweep, load_sweep
 from raydistill.sweep.state import SweepState
 from raydistill.sweep.tuner import run_trials
@@ -96,7 +97,7 @@ def test_optuna_goes_on_with_what_it_had_begun_and_found(ray_cluster: Any, tmp_p
     state.change(max(begun), metrics={"evaluate/kl_nats": math.nan})
     after = asked_for(more)
     assert len(after) == 3
-    assert after[killed] == begun[killed]
+    assert gathered(more.space, after[killed]) == begun[killed]
     rates = [point["trainer.learning_rate"] for point in {**begun, **after}.values()]
     assert len(set(rates)) == 4, "a draw of the first life was drawn again"
     assert SweepState.of(more).counts() == {"finished": 4}
