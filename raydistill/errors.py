@@ -75,9 +75,10 @@ def disk_errors(what: str, *others: type[Exception]) -> Iterator[None]:
 
     others: what libraries raise in place of an OSError.
     """
+    caught: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
-    except (OSError, *others) as error:
+    except caught as error:
         if isinstance(error, RunError):
             raise  # a clear line already
         reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
