@@ -75,11 +75,12 @@ def disk_errors(what: str, *others: type[Exception]) -> Iterator[None]:
 
     others: what libraries raise in place of an OSError.
     """
+    caught: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
-    except Exception as error:
-        if isinstance(error, RunError) or not isinstance(error, (OSError, *others)):
-            raise  # a clear line already, or no trouble of a disk's
+    except caught as error:
+        if isinstance(error, RunError):
+            raise  # a clear line already
         reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"cannot write {what}: {reason}; make room there (or fix the folder's permissions) and start the same command "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import LostError, ResourceError, RunError, UserError, disk_errors
+from raydistill.errors import LostError, ResourceError, RunError, RunStopped, UserError, disk_errors
 from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import PATIENCE_S, Pools
@@ -309,6 +309,8 @@ class Launch:
                     stored = None if self._storage is None else self._storage.run
                     got_to, point = point.version, await asyncio.to_thread(find_checkpoint, self._folder, stored)
                     failures = failures + 1 if point.version == got_to else 1
+                    if self._clock.is_started:  # lost while it stopped: no time to start another
+                        raise RunStopped(point.version) from error
                     if failures >= MAX_FAILURES:
                         raise RunError(f"{error}; it failed {failures} times without getting further") from error
                     self._warn(record, f"{error}; going on from the last checkpoint")

@@ -79,6 +79,7 @@ class RunRecord:
     ) -> None:
         """What this run is, written once; `provenance` comes from `provenance.collect()`. Secrets are removed.
 
+        `cut_back` may set the config anew.
         `parent` is the `record_id` of the record that this run belongs to, such as its sweep's.
         """
         assert not self._started, f"{self.path} already has its start line; a resumed run calls cut_back"

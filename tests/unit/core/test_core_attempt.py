@@ -104,11 +104,13 @@ def test_a_group_that_is_lost_while_it_stops_is_ended_in_a_hurry_too(monkeypatch
     assert asyncio.run(whole(asks=False)) == [GIVE_UP_S]
 
 
+@pytest.mark.parametrize("run", [stopped, lost])
 @pytest.mark.parametrize("is_stopped", [True, False])
 def test_pools_of_a_run_that_was_stopped_are_closed_in_a_hurry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool, run: Any
 ) -> None:
-    """And nothing is asked of actors that are about to be ended: one that samples would answer seconds later."""
+    """And nothing is asked of actors that are about to be ended: one that samples would answer seconds later. A trainer that is
+    lost on the way is not started again."""
     events: list[Any] = []
 
     class Pool:
@@ -122,15 +124,15 @@ def test_pools_of_a_run_that_was_stopped_are_closed_in_a_hurry(
         def __init__(self, *_: Any) -> None:
             pass
 
-        run = stopped
-
+    Attempts.run = run  # type: ignore[attr-defined]
     monkeypatch.setattr(attempt_module, "Attempt", Attempts)
     launch: Any = Launch(Config(), None, Console(quiet=True))
     launch._folder, launch._inputs, launch._pools = tmp_path, None, Pools(rollouts=Pool(), trainers=Pool())
     if is_stopped:
         launch._clock.start()
-    with pytest.raises(RunStopped):
-        asyncio.run(launch._train(SimpleNamespace(last_step=None), START))
+    gives_up = run is lost and not is_stopped  # after a few attempts
+    with pytest.raises(RunError if gives_up else RunStopped):
+        asyncio.run(launch._train(SimpleNamespace(last_step=None, warning=lambda text: None), START))
     assert events == [None, CLOSE_S if is_stopped else PATIENCE_S]
 
 
