@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydistill.config import DataSection
@@ -94,15 +95,23 @@ def _read_and_split(section: DataSection) -> tuple[RowFile, tuple[Row, ...], tup
     """(training file, training rows, held-out rows, malformed rows of the held-out file)."""
     assert section.path is not None
     if section.eval_rows == 0:
-        file = read_rows(section.path, section.on_bad_row, section.max_rows)
+        file = _read("data.path", section.path, section, section.max_rows)
         return file, file.rows, (), 0
     if section.eval_path is None:
-        file = read_rows(section.path, section.on_bad_row)
+        file = _read("data.path", section.path, section)
         return file, *split_rows(file.rows, section.eval_rows), 0
-    file = read_rows(section.path, section.on_bad_row, section.max_rows)
-    other = read_rows(section.eval_path, section.on_bad_row)
+    file = _read("data.path", section.path, section, section.max_rows)
+    other = _read("data.eval_path", section.eval_path, section)
     check_disjoint(file.rows, other.rows)
     return file, file.rows, pick_rows(other.rows, section.eval_rows), other.num_bad
+
+
+def _read(field: str, path: Path, section: DataSection, max_rows: int | None = None) -> RowFile:
+    """`read_rows`, whose complaints then name the field."""
+    try:
+        return read_rows(path, section.on_bad_row, max_rows)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from error
 
 
 def fingerprint_of(*parts: Sequence[Example]) -> str:

@@ -109,7 +109,11 @@ def _files(path: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{path} does not exist, nor does its folder {folder}. Correct the path.")
     near = get_close_matches(path.name, sorted(p.name for p in folder.iterdir()), n=1, cutoff=0.4)
-    offer = f"Did you mean {path.parent / near[0]}?" if near else f"Nothing in {folder} has a similar name."
+    offer = (
+        f"Did you mean {path.parent / near[0]}?"
+        if near
+        else f"Nothing in {folder} has a similar name; give a JSONL file."
+    )
     raise DataError(f"{path} does not exist. {offer}")
 
 

@@ -19,7 +19,8 @@ from raydistill.errors import ConfigError, ModelError
 class ModelFacts:
     """What the rest of a run needs to know about the two models."""
 
-    tokenizer: Any
+    tokenizer: Any  # the student's
+    teacher_tokenizer: Any  # None where the teacher is the student's own model, or there is none
     vocab_size: int  # ids that mean something: both models have them and the tokenizer knows them
     student_vocab_size: int  # the student's own: rows above `vocab_size` are padding, neither sampled nor scored
     eos_ids: tuple[int, ...]
@@ -36,7 +37,7 @@ def check_models(config: Config) -> ModelFacts:
         )
     model_config, tokenizer = _read(student, "student.model", config.student.trust_remote_code)
     student_vocab_size, max_length = model_config.get_text_config().vocab_size, _max_length(model_config)
-    vocab_size = min(student_vocab_size, num_known_ids(tokenizer))
+    vocab_size, teacher_tokenizer = min(student_vocab_size, num_known_ids(tokenizer)), None
     if config.needs_teacher and config.teacher.model not in (None, student):
         teacher = config.teacher.model
         assert teacher is not None
@@ -63,6 +64,7 @@ def check_models(config: Config) -> ModelFacts:
     _check_ranks(config, model_config)
     return ModelFacts(
         tokenizer=tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
         vocab_size=vocab_size,
         student_vocab_size=student_vocab_size,
         eos_ids=_eos_ids("student.model", student, tokenizer),

@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.config.load import load_config
-from raydistill.errors import UserError
+from raydistill.errors import RunError, UserError
 from raydistill.preflight.findings import Finding, findings_of, guarded
 from raydistill.preflight.storage import check_storage, check_writable
 
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
+    from raydistill.preflight.memory import GpuMemory
 
 SUMMARY = """\
 Check a config before it runs: models, vocabularies, EOS and chat template, data, storage, memory, ports, placement; with
@@ -71,7 +73,7 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
         found += [Finding(check="models and data", status="problem", text=line) for line in str(error).splitlines()]
     if inputs is not None:
         config = inputs.config
-        found += findings_of(inputs)
+        found += findings_of(inputs, cluster_gpu_memory(config))
     found += guarded("placement", lambda: placement_findings(config))
     if parity and inputs is not None and config.needs_rollout_pool:
         found += guarded("parity", lambda: parity_findings(inputs))
@@ -82,6 +84,21 @@ def quiet_console() -> Any:
     from rich.console import Console
 
     return Console(quiet=True)
+
+
+def cluster_gpu_memory(config: Config) -> GpuMemory | None:
+    """Of the cluster that the config joins; None where it joins none, or does not get there: that is for the placement."""
+    from raydistill.preflight.memory import gpu_memory_of, joins_a_cluster
+
+    if joins_a_cluster(config):
+        import ray
+
+        from raydistill.launch import start_cluster
+
+        with suppress(UserError, RunError):
+            start_cluster(config)
+            return gpu_memory_of(ray.nodes())
+    return None
 
 
 def placement_findings(config: Config) -> list[Finding]:

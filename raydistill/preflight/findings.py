@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from jinja2 import TemplateError
+
 from raydistill.config import DataSection, ResultsSection
 from raydistill.errors import ResourceError, RunError, UserError
+from raydistill.preflight.memory import GpuMemory, gpu_memory_here, joins_a_cluster, memory_remarks
 from raydistill.preflight.storage import check_room
 from raydistill.recovery.resume import goes_on_with
 from raydistill.results.reachable import silence_of
 from raydistill.results.sinks import check_results
-from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
@@ -31,14 +33,20 @@ class Finding:
     text: str
 
 
-def findings_of(inputs: RunInputs) -> list[Finding]:
-    """Everything that can be said of inputs that were read: models, template, memory, disk, ports. Starts nothing."""
+def findings_of(inputs: RunInputs, gpu: GpuMemory | None = None) -> list[Finding]:
+    """Everything that can be said of inputs that were read: models, template, memory, disk, ports. Starts nothing.
+
+    gpu: what the actors will run on in a cluster, where it is known; without a cluster it is what this machine has.
+    """
     from raydistill.preflight.plan import make_plan
 
     config = inputs.config
     plan = make_plan(config)
+    if gpu is None and not joins_a_cluster(config):
+        gpu = gpu_memory_here()
     trainable = plan["student"]["trainable"]
-    found = [*model_findings(inputs), memory_finding(plan)]
+    found = model_findings(inputs)
+    found += [Finding(check="memory", status=said.status, text=said.text) for said in memory_remarks(config, plan, gpu)]
     run = goes_on_with(config, inputs.data.fingerprint)
     found += guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable, run))])
     found += guarded("ports", lambda: [Finding(check="ports", status="ok", text=check_ports())])
@@ -81,6 +89,8 @@ def model_findings(inputs: RunInputs) -> list[Finding]:
     text = f"{example.row_id}: {prompt!r} -> {tokenizer.decode(example.reference_ids.tolist())!r}"
     variables = ", ".join(f"{name}={value!r}" for name, value in inputs.config.data.template.items())
     found.append(Finding(check="template", status="ok", text=f"{text} (data.template: {variables or 'empty'})"))
+    if facts.teacher_tokenizer is not None:
+        found.append(template_comparison(tokenizer, facts.teacher_tokenizer, inputs.config.data.template))
     found += template_warnings(str(tokenizer.chat_template or ""), inputs.config.data.template)
     if example.has_reference and int(example.reference_ids[-1]) not in facts.eos_ids:
         last = tokenizer.convert_ids_to_tokens([int(example.reference_ids[-1])])[0]
@@ -89,6 +99,31 @@ def model_findings(inputs: RunInputs) -> list[Finding]:
         )
         found.append(Finding(check="template", status="warning", text=text))
     return found
+
+
+def template_comparison(student: Any, teacher: Any, variables: Mapping[str, Any]) -> Finding:
+    """Prompts are written with the student's chat template; a teacher with another one is asked in a form it may not know."""
+    here, there = (rendered_example(tokenizer, variables) for tokenizer in (student, teacher))
+    if here == there:
+        return Finding(check="template", status="ok", text=f"student.model and teacher.model both render {here!r}")
+    return Finding(
+        check="template",
+        status="warning",
+        text=f"student.model renders a question and its answer as {here!r}, teacher.model as {there!r}; the teacher will score "
+        "the student's form. Choose a teacher.model with the student's chat template, or copy chat_template.jinja of the form "
+        "that you want from one folder into the other",
+    )
+
+
+def rendered_example(tokenizer: Any, variables: Mapping[str, Any]) -> str:
+    """A question and its answer as the tokenizer's chat template writes them; without a template as plain text."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    if tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in messages) + str(tokenizer.eos_token)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
+    except TemplateError as error:
+        return f"(an error: {error})"
 
 
 def template_warnings(chat_template: str, variables: Mapping[str, Any]) -> list[Finding]:
@@ -104,20 +139,6 @@ def template_warnings(chat_template: str, variables: Mapping[str, Any]) -> list[
             "date_string, set data.template.date_string, for example to '26 Jul 2024'"
         )
     return [Finding(check="template", status="warning", text=text) for text in texts]
-
-
-def memory_finding(plan: Mapping[str, Any]) -> Finding:
-    """The estimate of `plan` against this machine's memory; GPUs of other machines are not known here."""
-    import psutil
-
-    host: dict[str, int] = {}
-    for part in plan["memory"]:
-        if part["place"] == "host":
-            host[part["role"]] = host.get(part["role"], 0) + part["count"] * part["bytes"]
-    there, needed = psutil.virtual_memory().total, sum(host.values())
-    parts = ", ".join(f"{role} {format_bytes(size)}" for role, size in host.items())
-    text = f"about {format_bytes(needed)} of {format_bytes(there)} host memory if all actors run here ({parts})"
-    return Finding(check="memory", status="warning" if needed > there else "ok", text=text)
 
 
 def check_ports() -> str:

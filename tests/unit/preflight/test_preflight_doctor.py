@@ -1,18 +1,22 @@
 """The doctor's report: what is fine, what is not, and a way out for each."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError, UserError
 from raydistill.preflight.doctor import doctor_command
-from raydistill.preflight.findings import check_ports, template_warnings
+from raydistill.preflight.findings import check_ports, rendered_example, template_warnings
+from raydistill.preflight.memory import GpuMemory, gpu_memory_of, memory_remarks
 from raydistill.preflight.storage import check_room, check_storage, check_writable
 
 
@@ -90,6 +94,136 @@ def test_every_problem_is_one_line_with_a_way_out(
     (placement,) = found["placement"]
     assert "needs 64 GPUs" in placement["text"]
     assert "memory" not in found  # nothing was read that it could be estimated from
+    problems = [row["text"] for rows in found.values() for row in rows if row["status"] == "problem"]
+    assert len(problems) == 2
+    for text in problems:
+        assert "\n" not in text
+        assert re.search(r"\b(data|rollout|trainer|teacher)\.\w+|<role>\.\w+", text), f"names no field: {text}"
+        assert re.search(r"\b(give|lower|set|choose|add|check)\b", text), f"names no way out: {text}"
+
+
+def test_templates_that_render_differently_are_shown_side_by_side(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_world.teacher_folder, teacher)
+    code, found = report(capsys, arguments(tiny_world, tmp_path, "--teacher.model", str(teacher)))
+    assert (code, len(found["template"])) == (0, 2)
+    assert found["template"][1]["text"].startswith(
+        "student.model and teacher.model both render '<|im_start|>user\\nHello"
+    )
+    template = teacher / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
+    code, found = report(capsys, arguments(tiny_world, tmp_path, "--teacher.model", str(teacher)))
+    assert code == 0
+    different = found["template"][1]
+    assert different["status"] == "warning"
+    assert "student.model renders a question and its answer as '<|im_start|>user" in different["text"]
+    assert "teacher.model as '<|im_start|>the user" in different["text"]
+    assert "copy chat_template.jinja" in different["text"]
+
+
+def test_a_tokenizer_without_a_template_renders_plain_text(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert rendered_example(tokenizer, {}).startswith("<|im_start|>user\nHello")
+    tokenizer.chat_template = "{{ raise_exception('no assistant') }}"
+    assert rendered_example(tokenizer, {}) == "(an error: no assistant)"
+    tokenizer.chat_template = None
+    assert rendered_example(tokenizer, {}) == "Hello\nHi.<|im_end|>"
+
+
+def gpu_plan(role: str, *parts: tuple[str, int], gpus: float = 1) -> dict[str, Any]:
+    rows = [{"role": role, "count": 2, "name": name, "place": "GPU", "bytes": size} for name, size in parts]
+    rows.append({"role": role, "count": 2, "name": "A and B", "place": "host", "bytes": 10})
+    return {"memory": rows, "placement": [{"role": role, "gpus_each": gpus}]}
+
+
+def test_an_actor_that_does_not_fit_its_gpu_is_a_warning_with_a_way_out() -> None:
+    here = GpuMemory(name="L4", bytes=22 * 10**9)
+    large = gpu_plan("trainer", ("frozen weights", 8 * 10**9), ("activations (rough)", 20 * 10**9))
+    host, gpu = memory_remarks(Config(), large, here)
+    assert (host.status, gpu.status) == ("ok", "warning")
+    assert gpu.text.startswith(
+        "one trainer actor takes about 28 GB of a GPU (L4 with 22 GB); lower trainer.sequences_per_mic"
+    )
+    assert memory_remarks(Config(), large, GpuMemory(name="A100", bytes=79 * 10**9))[1].status == "ok"
+    assert memory_remarks(Config(), large, None)[1].text.endswith("which GPUs the nodes have is not known here")
+    share = gpu_plan("teacher", ("weights", 8 * 10**9), gpus=0.3)
+    assert "of which 30% are its share (teacher.num_gpus=0.3)); lower" in memory_remarks(Config(), share, here)[1].text
+
+
+def test_vllms_cache_takes_what_is_left_and_is_not_counted() -> None:
+    here = GpuMemory(name="L4", bytes=22 * 10**9)
+    fits = gpu_plan("rollout", ("weights, dense", 8 * 10**9), ("KV cache", 40 * 10**9))
+    assert memory_remarks(Config(), fits, here)[1].status == "ok"
+    tight = memory_remarks(Config(), gpu_plan("rollout", ("weights, dense", 20 * 10**9)), here)[1]
+    assert tight.status == "warning"
+    assert "vLLM takes 85% (rollout.gpu_memory_utilization)); lower rollout.kv_cache_gib" in tight.text
+
+
+def test_host_memory_that_does_not_suffice_names_the_largest_roles_fields() -> None:
+    parts = [
+        {"role": role, "count": 1, "name": "weights", "place": "host", "bytes": size}
+        for role, size in (("teacher", 10**15), ("trainer", 10**12))
+    ]
+    (host,) = memory_remarks(Config(), {"memory": parts, "placement": []}, None)
+    assert host.status == "warning"
+    assert "; lower teacher.batch_tokens, set teacher.dtype='bfloat16'" in host.text
+
+
+def test_a_clusters_gpus_are_known_by_their_accelerator_types() -> None:
+    def node(**resources: float) -> dict[str, Any]:
+        return {"Alive": True, "Resources": resources}
+
+    large, small = node(GPU=4, **{"accelerator_type:H100": 1}), node(GPU=1, **{"accelerator_type:A10G": 1})
+    assert gpu_memory_of([node(CPU=8), large]) == GpuMemory(name="H100", bytes=79 * 2**30)
+    found = gpu_memory_of([large, small])
+    assert found is not None
+    assert found.name == "A10G"
+    assert gpu_memory_of([large, node(GPU=1)]) is None
+    assert gpu_memory_of([node(CPU=8)]) is None
+
+
+class InProcess:
+    """A pool of one rollout actor without Ray, which may get other weights than it should."""
+
+    added = 0.0
+
+    def __init__(self, *_: Any) -> None:
+        self._actor: Any = None
+
+    async def begin(self, name: str, config: Config, spec: Any, held_out: None) -> "InProcess":
+        from raydistill.actors.rollout import RolloutActor
+
+        self._actor = RolloutActor("rollout-0", "hf")
+        self._actor.start(name, spec)
+        return self
+
+    async def load(self, weights: Any, version: int, with_codes: bool) -> list[Any]:
+        tensors = {name: array + self.added for name, array in weights.tensors.items()}
+        return [self._actor.load("doctor", replace(weights, tensors=tensors), with_codes)]
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("added", "status"), [(0.0, "ok"), (0.1, "problem")])
+def test_parity_measures_the_engine_against_the_trainers_student(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    added: float, status: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("raydistill.launch.start_cluster", lambda config: None)
+    monkeypatch.setattr("raydistill.actors.rollout_pool.RolloutPool", InProcess)
+    monkeypatch.setattr(InProcess, "added", added)
+    monkeypatch.setattr("ray.put", lambda value: value)
+    settings = ("--rollout.engine", "hf", "--quant.format", "int2", "--parity")
+    code, found = report(capsys, arguments(tiny_world, tmp_path, *settings))
+    (parity,) = found["parity"]
+    assert (code, parity["status"]) == (0 if status == "ok" else 2, status)
+    assert re.search(
+        r"noise floor of the policy gap: mean \S+, p99 \S+ nats \(bound .*\); codes [0-9a-f]+", parity["text"]
+    )
+    assert ("both sides must quantize the same way" in parity["text"]) == (status == "problem")
 
 
 def test_an_output_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
