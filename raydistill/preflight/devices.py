@@ -7,10 +7,11 @@ through the layers some time that does not depend on their size. Every result is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from raydistill.config import Config
+from raydistill.config import Config, RolloutSection
 from raydistill.errors import ConfigError
 from raydistill.preflight.estimates import (
     ModelSize,
@@ -21,15 +22,20 @@ from raydistill.preflight.estimates import (
     step_flops,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 FLOPS_SHARE = 0.4  # of a GPU's peak that training and prefill of a language model commonly reach
-MEASURED_SHARE = 0.5  # of a measured matrix product, which is one part of a layer only
+MEASURED_SHARE = 0.5  # of a measured layer: quantizing, the loss and the other processes of the machine take the rest
+MEASURED_WIDTH = 1024  # at most: wider layers take longer than a plan should, and are no slower for each FLOP
+LONGEST_OVER_MEAN = 2.0  # of the completions of a batch, which is sampled until its last one ends
 BYTES_SHARE = 0.6  # of the memory's bandwidth while decoding
 GPU_LAYER_S, CPU_LAYER_S = 1e-4, 5e-4  # of one layer, one pass: starting its kernels, whatever their size
 GPU_DECODE_S, CPU_DECODE_S = 2e-3, 5e-3  # of one decoding step beside the model: scheduling, sampling
 TRAINER_PASSES = 3  # forward, and a backward that is twice as much
 ASSUMED_GPU = "L4"
-MEASURE_S = 0.15  # for the product, and again for the copy
+MEASURE_S = 0.15  # for the layer, and again for the copy
 COPY_BYTES = 2**26  # beyond any cache
 
 
@@ -116,22 +122,28 @@ def gpu_device(name: str, dtype: str, num_gpus: float) -> Device:
     )
 
 
-def measure_cpu(dtype: str, model: ModelSize, rows: int = 512) -> Device:
-    """One core of this machine: a product of `rows` tokens with the model's own widths, and a copy. Takes 0.5 seconds."""
+def measure_cpu(dtype: str, model: ModelSize, sequences: int = 8, tokens: int = 64) -> Device:
+    """One core of this machine: a layer of about the model's widths on so many tokens, and a copy. Takes 0.5 seconds."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as the actors do
     try:
         kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        left, right = torch.rand(rows, model.hidden).to(kind), torch.rand(model.hidden, model.mlp).to(kind)
-        product_s = _seconds(lambda: left @ right)
+        scale = min(1.0, MEASURED_WIDTH / model.hidden)
+        hidden, query, mlp = (max(8, int(width * scale)) for width in (model.hidden, model.query, model.mlp))
+        shapes = ((query, hidden), (query, hidden), (query, hidden), (hidden, query), (mlp, hidden), (mlp, hidden))
+        weights = [torch.rand(shape).to(kind) for shape in (*shapes, (hidden, mlp))]
+        states = torch.rand(sequences, tokens, hidden).to(kind)
+        with torch.inference_mode():
+            layer_s = _seconds(lambda: _layer(states, weights))
         source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
         target = torch.empty_like(source)
         copy_s = _seconds(lambda: target.copy_(source))
     finally:
         torch.set_num_threads(before)
-    flops, bytes_per_s = 2 * rows * model.hidden * model.mlp / product_s, 2 * COPY_BYTES / copy_s
+    flops = 2 * sequences * tokens * (sum(w.numel() for w in weights) + tokens * query) / layer_s
+    bytes_per_s = 2 * COPY_BYTES / copy_s
     return Device(
         text=f"one core of this machine: {MEASURED_SHARE:.0%} of {flops / GIGA:.3g} GFLOP/s ({dtype}, measured just now), "
         f"{BYTES_SHARE:.0%} of {bytes_per_s / GIGA:.3g} GB/s",
@@ -140,6 +152,19 @@ def measure_cpu(dtype: str, model: ModelSize, rows: int = 512) -> Device:
         layer_s=CPU_LAYER_S,
         decode_s=CPU_DECODE_S,
     )
+
+
+def _layer(states: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A transformer's layer: norms, attention of one head, gated MLP."""
+    from torch.nn import functional
+
+    query, key, value, out, gate, up, down = weights
+    normed = functional.rms_norm(states, states.shape[-1:])
+    q, k, v = (functional.linear(normed, weight) for weight in (query, key, value))
+    states = states + functional.linear(functional.scaled_dot_product_attention(q, k, v, is_causal=True), out)
+    normed = functional.rms_norm(states, states.shape[-1:])
+    inner = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
+    return states + functional.linear(inner, down)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -171,15 +196,14 @@ def rough_rates(
     """Completion tokens per second of one actor, for the stages that have work.
 
     Teacher and trainer: FLOPs / speed, and layers x passes x the time of a layer, for each forward of a batch. Rollout: the
-    prompts as one pass; then for each token of a completion, of all sequences at once, the larger of its FLOPs and of reading
-    the weights and half the KV cache.
+    prompts as one pass; then, until the longest completion ends, a token of all sequences at once takes the larger of its FLOPs
+    and of reading the weights and half the KV cache.
     """
     flops = step_flops(student, teacher, step, config.trainer.gradient_checkpointing)
     rates: dict[Stage, float] = {}
     if step.sampled:
         rates["rollout"] = step.sampled * step.completion / (
-            _sampling_s(student, replace(step, given=0), config.rollout.num_actors, devices["rollout"])
-            * config.rollout.num_actors
+            _sampling_s(student, replace(step, given=0), config.rollout, devices["rollout"]) * config.rollout.num_actors
         )  # fmt: skip
     if teacher is not None:
         batches = max(1.0, step.sequences * (step.prompt + step.completion) / config.teacher.batch_tokens)
@@ -191,13 +215,14 @@ def rough_rates(
     return rates
 
 
-def _sampling_s(student: StudentSize, step: Step, num_actors: int, device: Device) -> float:
+def _sampling_s(student: StudentSize, step: Step, section: RolloutSection, device: Device) -> float:
     """Seconds of one actor for its share of a step's sequences, which it decodes at the same time."""
-    model, mine = student.model, step.sampled / num_actors
+    model, mine = student.model, step.sampled / section.num_actors
     whole = step_flops(student, None, replace(step, sampled=mine), checkpointing=False)["rollout"]
     prompts = step_flops(student, None, replace(step, sampled=mine, completion=0), checkpointing=False)["rollout"]
     weights = model.parameters * student.weight_bytes
     cache = key_value_bytes(model, round(mine * (step.prompt + step.completion / 2)), student.weight_bytes)
     one_token = max((whole - prompts) / step.completion / device.flops, (weights + cache) / device.bytes_per_s)
     pass_s = model.layers * device.layer_s
-    return prompts / device.flops + pass_s + step.completion * (one_token + pass_s + device.decode_s)
+    longest = max(step.completion, min(LONGEST_OVER_MEAN * step.completion, section.max_new_tokens))
+    return prompts / device.flops + pass_s + longest * (one_token + pass_s + device.decode_s)

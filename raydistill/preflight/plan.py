@@ -41,7 +41,7 @@ Show what a config will ask for, and start nothing: actors, memory of each, byte
 Every number is an estimate; the formulas stand in raydistill/preflight/estimates.py. Data rows are not read:
 without --prompt-tokens and --completion-tokens each sequence counts at its longest (data.max_length,
 rollout.max_new_tokens), and memory always does. Without --like and --tokens-per-second-... the duration is rough: FLOPs
-and bytes over a share of what the GPU's data sheet says, or of what a core of this machine does in half a second
+and bytes over a share of what the GPU's data sheet says, or of what a core of this machine does with one layer
 (raydistill/preflight/devices.py)."""
 EXAMPLES = """\
 examples:
@@ -111,7 +111,8 @@ def make_plan(
     models = planned_models(config)
     student = student_size(config, models.student)
     teacher = model_size(models.teacher) if models.teacher is not None else None
-    speeds, rough = speeds or Speeds(rates={}), dict[Stage, str]()
+    rough: dict[Stage, str] = {}
+    speeds = speeds or Speeds(rates={})
     o = config.objective
     candidates = o.top_k if o.target == "top_k" else None
     answer = Answer(vocab_size=models.vocab_size, candidates=candidates) if config.needs_teacher else None

@@ -541,7 +541,9 @@ def test_a_world_that_is_not_built_yet_is_planned_with_its_recipe(
 
 ROUND = Device(text="", flops=1e6, bytes_per_s=1e4, layer_s=0.01, decode_s=0.1)
 DEVICES: dict[Stage, Device] = {"rollout": ROUND, "teacher": ROUND, "trainer": ROUND}
-CONFIG = Config.model_validate({"trainer": {"sequences_per_step": 8, "sequences_per_micro_batch": 2}})
+CONFIG = Config.model_validate(
+    {"rollout": {"max_new_tokens": 15}, "trainer": {"sequences_per_step": 8, "sequences_per_micro_batch": 2}}
+)
 
 
 def test_a_rough_speed_is_what_the_device_can_do() -> None:
@@ -550,10 +552,10 @@ def test_a_rough_speed_is_what_the_device_can_do() -> None:
     rates = rough_rates(CONFIG, STUDENT, MODEL, STEP, DEVICES)
     assert rates["teacher"] == pytest.approx(80 / (flops["teacher"] / 1e6 + 3 * 0.01))  # one batch through 3 layers
     assert rates["trainer"] == pytest.approx(80 / (flops["trainer"] / 1e6 + 4 * 3 * 3 * 0.01))  # 4 micro-batches
-    # A decoded token reads 1000 weights of 2 bytes and the cache of half of 10 tokens and 5 before them.
+    # Each of the longest completion's 15 tokens reads 1000 weights of 2 bytes, and the cache of 5 + 10 / 2 tokens a sequence.
     read = 1000 * 2 + 2 * 3 * 4 * 6 * 10 * 2
     prompts = 6 * (2 * 600 * 5 + 2 * 3 * 12 * 5**2)
-    seconds = prompts / 1e6 + 0.03 + 10 * (read / 1e4 + 0.03 + 0.1)
+    seconds = prompts / 1e6 + 0.03 + 15 * (read / 1e4 + 0.03 + 0.1)
     assert rates["rollout"] == pytest.approx(6 * 10 / seconds)
 
 
