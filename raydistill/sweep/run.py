@@ -25,9 +25,9 @@ from raydistill.preflight.storage import check_nodes_reach_storage, check_storag
 from raydistill.recovery.lease import held
 from raydistill.recovery.resume import LOCK, locked
 from raydistill.report.sweep_page import SweepPage, write_sweep_page
-from raydistill.results.deliver import start_delivery
+from raydistill.results.deliver import FINISH_S, start_delivery
 from raydistill.results.record_lines import require_start
-from raydistill.results.recorded import recorded
+from raydistill.results.recorded import STOPPED_S, recorded
 from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.identity import check_identity
@@ -126,10 +126,14 @@ def _delivered(sweep: Sweep) -> Iterator[None]:
         return
     uri = results.uri or default_uri(output)
     delivery = start_delivery(output, uri, results.experiment, under=True, family_of=sweep.folder)
+    patience_s = FINISH_S
     try:
         yield
+    except (KeyboardInterrupt, SweepStopped):
+        patience_s = STOPPED_S
+        raise
     finally:
-        if not delivery.finish():
+        if not delivery.finish(patience_s):
             later = f"python -m raydistill.results.deliver --under {output}"
             reason = delivery.problem or "not all was there in time"
             console.print(
