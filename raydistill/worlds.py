@@ -31,14 +31,14 @@ def resolve_world(config: Config, console: Console) -> Config:
 
 def build_world(config: Config, console: Console) -> World:
     """Make the world that the config names, or find it where an earlier run left it."""
-    from raydistill.demo.world import prepare_question_answers, prepare_stories, prepare_text
+    from raydistill.demo.world import prepare_stories, prepare_text
 
-    folder, train, test = world_folder(config), config.world.train_path, config.world.test_path
-    if config.world.name == "stories":
+    name, folder = config.world.name, world_folder(config)
+    if name == "stories":
         return prepare_stories(folder, world_recipe(config), console=console)
-    prepare = prepare_text if config.world.name == "text" else prepare_question_answers
-    assert train is not None and test is not None  # config/checks.py asks for them
-    return prepare(folder, train, test, world_recipe(config), console=console)
+    train, test = config.world.train_path, config.world.test_path
+    assert name != "none" and train is not None and test is not None  # config/checks.py asks for them
+    return prepare_text(name, folder, train, test, world_recipe(config), console=console)
 
 
 def with_world(config: Config, world: World) -> Config:

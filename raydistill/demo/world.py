@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 from rich.console import Console
@@ -45,6 +46,12 @@ LANGUAGE_RECIPE = TeacherRecipe(
     warmup_steps=40,
     loss_on="all",
 )
+
+TextWorld = Literal["question_answers", "text"]
+LOADERS: Mapping[TextWorld, Callable[[Path], list[QuestionAnswer]]] = {
+    "question_answers": load_questions,
+    "text": load_passages,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,20 +87,8 @@ def prepare_stories(
     return _prepare(folder, recipe, fingerprint, write, console, progress)
 
 
-def prepare_question_answers(
-    folder: Path,
-    train_path: Path,
-    test_path: Path,
-    recipe: TeacherRecipe = LANGUAGE_RECIPE,
-    console: Console | None = None,
-    progress: StepProgress | None = None,
-) -> World:
-    """A world of JSONL rows {question, answer} such as GSM8K: a small language model of that text as the teacher."""
-    files = [Path(train_path), Path(test_path)]
-    return _prepare_rows("questions", load_questions, files, folder, recipe, console, progress)
-
-
 def prepare_text(
+    name: TextWorld,
     folder: Path,
     train_path: Path,
     test_path: Path,
@@ -101,30 +96,20 @@ def prepare_text(
     console: Console | None = None,
     progress: StepProgress | None = None,
 ) -> World:
-    """A world of plain text such as WikiText-2: a small language model that continues passages as the teacher."""
-    files = [Path(train_path), Path(test_path)]
-    return _prepare_rows("text", load_passages, files, folder, recipe, console, progress)
+    """A world of the user's own text in `folder`: a small language model of it as the teacher, built unless already there.
 
-
-def _prepare_rows(
-    kind: str,
-    load: Callable[[Path], list[QuestionAnswer]],
-    files: Sequence[Path],
-    folder: Path,
-    recipe: TeacherRecipe,
-    console: Console | None,
-    progress: StepProgress | None,
-) -> World:
+    name: "question_answers" for JSONL rows {question, answer} such as GSM8K, "text" for plain text such as WikiText-2, whose
+    passages are continued.
+    """
+    files, load = [Path(train_path), Path(test_path)], LOADERS[name]
     train, test = (load(path) for path in files)
-    fingerprint = fingerprint_of(
-        kind, recipe, {"sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
-    )
+    data = {"sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
 
     def write(inside: Path) -> None:
-        announce(console, f"Writing {len(train):,} rows of {kind}")
+        announce(console, f"Writing {len(train):,} rows of {name}")
         write_question_splits(inside, train, test)
 
-    return _prepare(folder, recipe, fingerprint, write, console, progress)
+    return _prepare(folder, recipe, fingerprint_of(name, recipe, data), write, console, progress)
 
 
 def _prepare(

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import raydistill.demo.world as world_module
 from raydistill.demo.pretrain import TeacherRecipe
-from raydistill.demo.world import World, prepare_question_answers, prepare_stories, prepare_text
+from raydistill.demo.world import World, prepare_stories, prepare_text
 from raydistill.errors import UserError
 
 TINY = TeacherRecipe(
@@ -97,34 +97,34 @@ def question_file(path: Path, count: int, name: str) -> Path:
 
 def test_question_answers_become_a_world_with_validation_rows_split_off(tmp_path: Path) -> None:
     train, test = question_file(tmp_path / "train.jsonl", 150, "Ada"), question_file(tmp_path / "test.jsonl", 5, "Ben")
-    world = prepare_question_answers(tmp_path / "world", train, test, recipe=TINY)
+    world = prepare_text("question_answers", tmp_path / "world", train, test, recipe=TINY)
     counts = [len(path.read_text().splitlines()) for path in (world.train_path, world.validation_path, world.test_path)]
     assert counts[2] == 5
     assert counts[0] + counts[1] == 150
     assert counts[1] > 0
-    assert prepare_question_answers(tmp_path / "world", train, test, recipe=TINY).cached
+    assert prepare_text("question_answers", tmp_path / "world", train, test, recipe=TINY).cached
     question_file(train, 151, "Ada")
-    assert not prepare_question_answers(tmp_path / "world", train, test, recipe=TINY).cached
+    assert not prepare_text("question_answers", tmp_path / "world", train, test, recipe=TINY).cached
 
 
 def test_a_missing_question_file_is_a_user_error_that_names_it(tmp_path: Path) -> None:
     present = question_file(tmp_path / "train.jsonl", 3, "Ada")
     with pytest.raises(UserError, match=r"no question file at .*absent\.jsonl.*fetch"):
-        prepare_question_answers(tmp_path / "world", present, tmp_path / "absent.jsonl")
+        prepare_text("question_answers", tmp_path / "world", present, tmp_path / "absent.jsonl")
 
 
 def test_a_malformed_question_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n')
     with pytest.raises(UserError, match="line 2"):
-        prepare_question_answers(tmp_path / "world", path, path)
+        prepare_text("question_answers", tmp_path / "world", path, path)
 
 
 def test_plain_text_becomes_a_world_of_passages_and_continuations(tmp_path: Path) -> None:
     train, test = tmp_path / "train.txt", tmp_path / "test.txt"
     train.write_text("".join(f" = Heading {n} = \n{' '.join(f'w{n}x{i}' for i in range(50))}\n" for n in range(60)))
     test.write_text(f"{' '.join(f'v{i}' for i in range(96))} {' '.join(f'u{i}' for i in range(60))} .\n")
-    world = prepare_text(tmp_path / "world", train, test, recipe=TINY)
+    world = prepare_text("text", tmp_path / "world", train, test, recipe=TINY)
     first, second = (json.loads(line)["messages"] for line in world.test_path.read_text().splitlines())
     assert first[0] == {"role": "user", "content": " ".join(f"v{i}" for i in range(24))}
     assert first[1] == {"role": "assistant", "content": " " + " ".join(f"v{i}" for i in range(24, 96))}
@@ -144,4 +144,4 @@ def test_a_text_file_without_passages_is_a_user_error(tmp_path: Path, content: b
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=said):
-        prepare_text(tmp_path / "world", path, path)
+        prepare_text("text", tmp_path / "world", path, path)
