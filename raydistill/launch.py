@@ -80,6 +80,7 @@ def start_cluster(config: Config) -> None:
     """Join the Ray cluster, or start a local one. Does nothing if this process is connected already."""
     import ray
 
+    from raydistill.processes import start_ray
     from raydistill.quiet import ray_speaks_on_stderr
 
     ray_speaks_on_stderr()
@@ -95,7 +96,7 @@ def start_cluster(config: Config) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else {"num_cpus": config.cluster.num_cpus}
     try:
-        ray.init(
+        start_ray(
             address=address or "local",  # without one, Ray would join whatever cluster it finds on this machine
             log_to_driver=config.run.verbose,
             logging_level="INFO" if config.run.verbose else "ERROR",
@@ -106,13 +107,6 @@ def start_cluster(config: Config) -> None:
         raise UserError(
             f"cluster.address={address!r} does not answer ({str(error).splitlines()[0]}); start it with "
             "`ray start --head`, or leave the field out for a local cluster"
-        ) from error
-    except Exception as error:
-        if type(error) is not Exception or "startup" not in str(error):  # what Ray raises when it gives up waiting
-            raise
-        raise RunError(
-            "Ray's own processes did not start in time; if this machine is busy try again when it is less so, else look at the "
-            "logs under /tmp/ray/session_latest/logs"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Processes of the cluster, by node and id: for ending one that no longer listens (a stopped or hanging process)."""
+"""Processes of the cluster: starting Ray's own, and ending one of any node that no longer listens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raydistill.errors import RunError
+
 END_TIMEOUT_S = 20.0
+START_TRIES = 3
+
+
+def start_ray(**options: Any) -> None:
+    """`ray.init`; up to `START_TRIES` times where the machine is too busy for the 30 s that Ray gives its own processes.
+
+    Raises RunError if the last one fails too; what Ray raises otherwise passes.
+    """
+    for tries_left in reversed(range(START_TRIES)):
+        others = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if type(error) is not Exception or "startup" not in str(error):  # what Ray raises when it gives up waiting
+                raise
+            # Ray ends them with this process only, and the next ones would have to share the machine with them.
+            for process in set(psutil.Process().children(recursive=True)) - others:
+                with suppress(psutil.Error):
+                    process.kill()
+            if not tries_left:
+                raise RunError(
+                    f"Ray's own processes did not start in time, {START_TRIES} times; if this machine is busy try again when "
+                    "it is less so, else look at the logs under /tmp/ray/session_latest/logs"
+                ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,65 @@
+"""Ray's own processes on a machine that is too busy for them."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from raydistill.errors import RunError
+from raydistill.processes import START_TRIES, start_ray
+
+TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+class SlowRay:
+    """Gives up so many times, and leaves a process behind each time."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.left = failures, list[subprocess.Popen[bytes]]()
+
+    def init(self, **_: Any) -> None:
+        self.left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        if len(self.left) <= self.failures:
+            raise Exception(TIMED_OUT)  # as Ray does
+
+    def end(self) -> list[int | None]:
+        """Exit codes of all but the last, which is the one that started; then that one ends too."""
+        codes = [process.wait(5) for process in self.left[: self.failures]]
+        for process in self.left:
+            process.kill()
+            process.wait()
+        return [*codes]
+
+
+def slow_ray(monkeypatch: pytest.MonkeyPatch, failures: int) -> SlowRay:
+    slow = SlowRay(failures)
+    monkeypatch.setattr("raydistill.processes.ray.init", slow.init)
+    return slow
+
+
+def test_ray_is_started_again_without_what_a_slow_start_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = slow_ray(monkeypatch, START_TRIES - 1)
+    start_ray(address="local")
+    assert slow.left[-1].poll() is None, "the one that started was ended"
+    assert slow.end() == [-9] * (START_TRIES - 1)
+
+
+def test_a_ray_that_never_starts_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = slow_ray(monkeypatch, START_TRIES)
+    with pytest.raises(RunError, match=r"did not start in time, 3 times; if this machine is busy"):
+        start_ray(address="local")
+    assert slow.end() == [-9] * START_TRIES
+
+
+def test_other_errors_of_rays_pass_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def init(**options: Any) -> None:
+        tries.append(options)
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr("raydistill.processes.ray.init", init)
+    with pytest.raises(ConnectionError, match="nobody there"):
+        start_ray(address="10.0.0.1:1")
+    assert len(tries) == 1
