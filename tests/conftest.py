@@ -32,6 +32,9 @@ SHARES_POOLS = (
     "ray_metrics",
 )
 
+# Files of tests/engine that take long: whichever file is the last keeps one of two workers waiting.
+LONG_ONES = ("vllm_engine", "deepspeed_equivalence", "harness", "serve")
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -50,7 +53,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many CUDA devices."""
+    """Long files of tests/engine come first of these; tests marked `gpu` (`gpu(num=2)`) are skipped where there are not as many
+    CUDA devices."""
+    items.sort(key=_place)
     for item in items:
         if markers := list(item.iter_markers("gpu")):
             import torch
@@ -58,6 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             needed, there = max(marker.kwargs.get("num", 1) for marker in markers), torch.cuda.device_count()
             if there < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, torch sees {there}"))
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    if item.path.parent.name != "engine":
+        return -1 if item.path.parent.name == "ray" else len(LONG_ONES)
+    return LONG_ONES.index(name) if name in LONG_ONES else len(LONG_ONES)
 
 
 RECIPE: dict[str, Any] = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "num_steps": 60, "batch_size": 16}
