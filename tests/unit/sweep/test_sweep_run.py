@@ -2,12 +2,15 @@
 
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydistill.errors import UserError
+from raydistill.errors import SweepStopped, UserError
+from raydistill.results.deliver import FINISH_S
+from raydistill.results.recorded import STOPPED_S
 from raydistill.sweep import run as module
 from raydistill.sweep.run import run_sweep, sharing_line
 from raydistill.sweep.spec import Sweep, load_sweep
@@ -24,7 +27,11 @@ class Behind:
 
     problem = "ConnectionError: refused"
 
-    def finish(self) -> bool:
+    def __init__(self) -> None:
+        self.patience_s: float | None = None
+
+    def finish(self, timeout_s: float) -> bool:
+        self.patience_s = timeout_s
         return False
 
 
@@ -49,6 +56,18 @@ def test_a_store_that_does_not_answer_is_told_once_before_and_with_its_reason_af
     told = capsys.readouterr().err
     assert "the results store is behind (ConnectionError: refused); deliver later with" in told
     assert f"--under {tmp_path / 'out'}`" in told
+
+
+def test_a_sweep_that_was_stopped_does_not_wait_for_its_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, waited = sweep(tmp_path, "--world.name", "stories"), []
+    for stop in (SweepStopped("stopped"), KeyboardInterrupt(), None):
+        delivery = Behind()
+        monkeypatch.setattr(module, "start_delivery", lambda *_, found=delivery, **__: found)
+        with suppress(SweepStopped, KeyboardInterrupt), module._delivered(asked):
+            if stop is not None:
+                raise stop
+        waited.append(delivery.patience_s)
+    assert waited == [STOPPED_S, STOPPED_S, FINISH_S]
 
 
 def test_sigterm_is_heard_as_ctrl_c_while_trials_run() -> None:
