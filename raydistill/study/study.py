@@ -20,7 +20,7 @@ from rich.console import Console
 
 from raydistill.config import Config
 from raydistill.errors import ConfigError
-from raydistill.progress import say
+from raydistill.progress import bar, say
 from raydistill.ptq.baselines import Baseline
 from raydistill.study.arms import ROLES, arm_config, run_config, run_names, shared_config
 from raydistill.study.material import Material, prepare
@@ -28,7 +28,10 @@ from raydistill.study.measure import check_tasks, measure
 from raydistill.study.state import open_study, study_lock
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from raydistill.launch import Pools, RunSummary
+    from raydistill.ptq.overlay import OnProgress
     from raydistill.results.tables import SummaryRow
     from raydistill.study.decision import Values
     from raydistill.study.report import Report
@@ -139,7 +142,6 @@ class Study:
 
     def _quantize(self, material: Material) -> list[Baseline]:
         """The best grid of every method and width, from an earlier life of the study where it got that far."""
-        from raydistill.progress import bar
         from raydistill.ptq.baselines import Subject, find_baselines
         from raydistill.ptq.calibration import draw_calibration
         from raydistill.quant.baselines import NUM_GRIDS
@@ -165,14 +167,13 @@ class Study:
             grids = NUM_GRIDS * len(study.ptq_formats)
             say(self._console, f"{method}: {grids} grids", style="bold")
             with self._stage(method), bar(self._console) as progress:
-                task = progress.add_task(method, total=grids)
                 found = find_baselines(
                     method,
                     study.ptq_formats,
                     subject,
                     calibration,
                     self._folder / "ptq",
-                    lambda what, done, task=task: progress.update(task, completed=done, description=what),  # type: ignore[misc]
+                    _shown(progress, progress.add_task(method, total=grids), grids, self._console),
                 )
             self._state.add(method, found)
         found = [one for method in study.ptq_methods for one in self._state.baselines[method]]
@@ -231,6 +232,21 @@ class Study:
         start = time.time()
         yield
         self.seconds[name] = time.time() - start
+
+
+def _shown(progress: Progress, task: TaskID, grids: int, console: Console) -> OnProgress:
+    """The bar moves; where there is none, a line for each finished grid: GPTQ and AWQ can take minutes for one."""
+
+    said = 0
+
+    def on_progress(what: str, done: float) -> None:
+        nonlocal said
+        progress.update(task, completed=done, description=what)
+        if not console.is_terminal and int(done) > said:
+            said = int(done)
+            say(console, f"  {said} of {grids}: {what}", style="dim")
+
+    return on_progress
 
 
 def _chosen(one: Baseline) -> str:
