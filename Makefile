@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PINS ?= requirements/cpu.txt
 PTQ_VENV ?= .venv-ptq
 export OMP_NUM_THREADS ?= 1
+# Where it is set, each of the many processes would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 SHELL := /bin/bash
 

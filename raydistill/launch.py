@@ -93,6 +93,10 @@ def start_cluster(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A local Ray would start a process per core in advance, none of which fits an actor with environment variables of its own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    if not config.run.verbose:
+        # Nobody reads the lines that Ray's log monitor brings, for which it would go through all log files ten times a second.
+        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3600")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else {"num_cpus": config.cluster.num_cpus}
     try:

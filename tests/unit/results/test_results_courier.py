@@ -1,6 +1,5 @@
 """Many records on their way: parents before children, one lock for each run, runs that appear, sinks beside the store."""
 
-import json
 import struct
 import threading
 import time
@@ -292,34 +291,3 @@ def test_a_sink_that_is_not_installed_is_one_line_that_names_the_pip_install(mon
     with pytest.raises(UserError, match="pip install wandb") as raised:
         check_results(ResultsSection(sinks=("wandb",)))
     assert "\n" not in str(raised.value)
-
-
-def offline_messages(path: Path) -> list[bytes]:
-    """The messages of a `.wandb` file: LevelDB's log (blocks of 32 KiB; crc, length, type before each part) after 7 bytes."""
-    raw, place, found, whole = path.read_bytes(), 7, [], b""
-    while place + 7 <= len(raw):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", raw, place + 4)
-        whole += raw[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(whole)
-            whole = b""
-    return found
-
-
-def test_wandb_holds_every_point_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    finished(tmp_path, num_steps=300)
-    assert deliver(tmp_path, "fake://", "e", sinks=["wandb"], open_store=FakeStore)
-    (file,) = (tmp_path / "wandb").rglob("*.wandb")
-    rows = [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in Record.FromString(raw).history.item}
-        for raw in offline_messages(file)
-    ]
-    assert [(row["step"], row["m"]) for row in rows if "m" in row] == [(step, float(step)) for step in range(300)]
