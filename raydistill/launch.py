@@ -284,16 +284,15 @@ class Launch:
         keeping = config.checkpoint
         sampled = SampledTokens(self._folder, config)
         root = self._folder / CHECKPOINTS
-        keeper = CheckpointKeeper(
-            root, keeping.keep_last, keeping.keep_best, config.evaluates, sampled, storage=self._storage
-        )
+        evaluates = config.evaluates if self._inputs.data.held_out else lambda _: False
+        keeper = CheckpointKeeper(root, keeping.keep_last, keeping.keep_best, evaluates, sampled, storage=self._storage)
         failures = 0
         try:
             while True:
                 if self._storage is not None:
                     await asyncio.to_thread(self._storage.bring, sampled, point.version)
                 self._go_on_at(point, record)
-                keeper.restore(evaluations_of(self._folder))
+                keeper.restore(evaluations_of(self._folder), point.version)
                 self._attempt = Attempt(
                     self._inputs, self._pools, record, keeper, point, self._on_evaluation, self._storage
                 )

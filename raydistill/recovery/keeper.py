@@ -48,6 +48,8 @@ class CheckpointKeeper:
         self._storage = storage
         self._root, self._sampled, self._metric = root, sampled, metric
         self._keep_last, self._keep_best, self._is_evaluated = keep_last, keep_best, is_evaluated
+        self._answered: set[int] = set()  # evaluated, with whatever came of it
+        self._first = 0  # earlier versions are not evaluated any more
         self._values: dict[int, float] = {}
         self._names: dict[int, str] = {}  # of the metric
         self._written: int | None = None
@@ -59,16 +61,17 @@ class CheckpointKeeper:
     def best_version(self) -> int | None:
         return next(iter(self._best()), None)
 
-    def restore(self, evaluations: Mapping[int, Mapping[str, float]]) -> None:
-        """Take in what an earlier life of the run evaluated (version -> metrics)."""
+    def restore(self, evaluations: Mapping[int, Mapping[str, float]], first: int = 0) -> None:
+        """Take in what an earlier life of the run evaluated (version -> metrics); `first`: where this life goes on."""
+        self._first = first
         for version, metrics in evaluations.items():
+            self._answered.add(version)
             self._note(version, metrics)
 
     def evaluated(self, version: int, metrics: Mapping[str, float]) -> bool:
         """Take in one evaluation; returns whether this version is the best so far."""
-        if not self._note(version, metrics):
-            return False
-        is_best = self.best_version == version
+        self._answered.add(version)
+        is_best = self._note(version, metrics) and self.best_version == version
         self.remove_the_rest()
         return is_best
 
@@ -80,7 +83,7 @@ class CheckpointKeeper:
         newest = {version for side in (here, there) for version in sorted(side)[-self._keep_last :]}
         best = {version for side in (here, there) for version in self._best(side)[: self._keep_best]}
         for version in (here | there) - newest - best:
-            if version in self._values or not self._is_evaluated(version):
+            if not self._awaits(version):
                 remove_checkpoint(self.folder(version))
                 if version in there and self._storage is not None:
                     self._storage.remove(version)
@@ -88,6 +91,9 @@ class CheckpointKeeper:
             self._sampled.forget(min(newest))
         if newest and self._storage is not None:
             self._storage.forget_sampled(min(newest))
+
+    def _awaits(self, version: int) -> bool:
+        return version >= self._first and version not in self._answered and self._is_evaluated(version)
 
     def _write_best(self) -> None:
         """Name the best version in a file, whole or as it was; on other disks a checkpoint may get there after its evaluation.

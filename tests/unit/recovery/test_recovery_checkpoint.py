@@ -246,6 +246,26 @@ def test_a_version_that_waits_for_its_evaluation_is_kept_until_then(tmp_path: Pa
     assert versions(tmp_path) == [10, 15]
 
 
+def test_evaluations_that_measure_nothing_keep_no_checkpoint(tmp_path: Path) -> None:
+    """Rows without references, on-policy: exact match is off, and there is nothing else to say."""
+    keeper = CheckpointKeeper(tmp_path, keep_last=2)
+    for version in (0, 5, 10, 15):
+        save(tmp_path, version)
+        assert not keeper.evaluated(version, {})
+    assert versions(tmp_path) == [10, 15]
+    assert keeper.best_version is None
+
+
+def test_what_an_earlier_life_did_not_evaluate_any_more_waits_for_nothing(tmp_path: Path) -> None:
+    for version in (0, 5, 10, 15):
+        save(tmp_path, version)
+    keeper = CheckpointKeeper(tmp_path)
+    keeper.restore({0: {KL: 0.5}}, first=10)
+    save(tmp_path, 20)
+    keeper.remove_the_rest()
+    assert versions(tmp_path) == [0, 10, 15, 20]
+
+
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     keeper = CheckpointKeeper(tmp_path)
     for version, kl in [(0, float("nan")), (5, 0.3), (10, float("nan"))]:
