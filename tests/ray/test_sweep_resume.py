@@ -19,7 +19,7 @@ from raydistill.sweep.state import read_state
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2000)]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 40  # so many that a signal is heard before they are over
+FIRST_STEPS, STEPS = 6, 30  # of the two trials; the second has so many that a signal is heard before they are over
 
 
 def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
@@ -32,7 +32,6 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
         make_config,
         tmp_path / "out",
         rollout={"engine": "hf"},
-        trainer={"num_steps": STEPS},
         checkpoint={"save_every": 1},
         results={"deliver": True},
     )
@@ -47,7 +46,7 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
     file = sweep_file(
         tmp_path / "lr.toml",
         config,
-        '"trainer.learning_rate" = [1e-3, 2e-3]',
+        f'"trainer.num_steps" = [{FIRST_STEPS}, {STEPS}]',
         head='metric = "evaluate/perplexity"',
     )
     command = [sys.executable, str(ROOT / "tune" / "sweep.py"), str(file)]
@@ -89,7 +88,9 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
     assert not any("the results store is behind" in text for text in told)
     assert stood == [["finished", "pending"], ["finished", "finished"]]
     kinds = {name: [line["kind"] for line in read_record(runs / name)] for name in ("lr-000", "lr-001")}
-    assert [kinds["lr-000"].count(kind) for kind in ("start", "step", "resume")] == [1, STEPS, 0], "it was run again"
+    assert [kinds["lr-000"].count(kind) for kind in ("start", "step", "resume")] == [1, FIRST_STEPS, 0], (
+        "it was run again"
+    )
     assert [kinds["lr-001"].count(kind) for kind in ("start", "step", "resume")] == [1, STEPS, 2]
     resumed = [line["step"] for line in read_record(runs / "lr-001") if line["kind"] == "resume"]
     assert 0 < resumed[0] < resumed[1] == len(trained), "it began anew"
