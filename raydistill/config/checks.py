@@ -139,7 +139,7 @@ def check_trainer(trainer: TrainerSection) -> None:
     if trainer.num_gpus > 1:
         raise ValueError(
             f"trainer.num_gpus={trainer.num_gpus:g}: one worker drives one GPU; use 1 and set trainer.num_workers to the "
-            "number of GPUs (trainer.zero_stage=3 splits the student over them)"
+            "number of GPUs (trainer.zero_stage=3 splits the student over them once it is built)"
         )
     if trainer.num_workers > 1 and 0 < trainer.num_gpus <= 0.5:
         raise ValueError(

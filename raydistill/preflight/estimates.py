@@ -223,8 +223,9 @@ def trainer_memory(
     frozen weights P_f b, from stage 3 on P_f b / w; trainable weights P_t b, from stage 3 on / w; gradients P_t b, from stage
     2 on / w; AdamW's two moments 8 P_t, from stage 1 on / w; float32 weights to update 4 P_t, from stage 1 on / w, none where
     stage 0 or 3 trains in float32 (the weights are those); in bfloat16 the update's gradients in float32, 4 P_t likewise.
-    Stage 3 adds what it keeps gathered, at most 1e9 weights; stages 1 to 3 DeepSpeed's bucket of 5e8 gradients (on the host
-    memory that is not written does not count: min(P_t, 5e8)). DeepSpeed casts A and B to student.dtype.
+    Stage 3 adds what it keeps gathered, at most 1e9 weights, and takes at least the whole student, which every rank builds
+    before it is split; stages 1 to 3 add DeepSpeed's bucket of 5e8 gradients (on the host memory that is not written does
+    not count: min(P_t, 5e8)). DeepSpeed casts A and B to student.dtype.
     Logits: 2 x N x V x b (they and their gradient) and one float32 chunk. Activations: `activation_bytes`.
     """
     model, b, trainable = student.model, student.weight_bytes, student.trainable
@@ -249,6 +250,8 @@ def trainer_memory(
         "activations (rough)": activation_bytes(model, batch.num_tokens, b, checkpointing),
         "one layer's rebuild": rebuild_bytes(student, place),
     }
+    if stage == 3 and world_size > 1:  # it is split only when all of it is there
+        sizes["whole student while it is built"] = max(0, (student.frozen + trainable) * b - sum(sizes.values()))
     return [Part(name=name, place=place, bytes=size) for name, size in sizes.items()]
 
 

@@ -231,7 +231,8 @@ def fit_trainer(tree: dict[str, Any], devices: Devices, gpu_memory_gib: float) -
                 return micro, checkpointing
     raise ConfigError(
         f"one sequence of data.max_length={tree['data']['max_length']} needs about {needed / 2**30:.0f} GiB on a trainer, "
-        f"there are {room / 2**30:.0f}: use more GPUs with trainer.zero_stage=3, shorter rows, or a smaller model"
+        f"there are {room / 2**30:.0f}: use more GPUs with trainer.zero_stage=3 (its weights alone must fit one), "
+        "shorter rows, or a smaller model"
     )
 
 

@@ -27,14 +27,15 @@ from raydistill.quant.rebuild import (
     check_adapter,
     merged_weight,
     other_trained,
+    quantize_layer,
     rebuild_codes,
     rebuild_weight,
 )
 
 __all__ = [
-    "LoraSettings", "Mode", "StudentForm", "adapter_state", "base_weight", "check_adapter", "load_adapter_state",
-    "merged_weight", "other_trained", "prepare_student", "quantizable_modules", "rebuild_codes", "rebuild_weight",
-    "student_codes", "student_form",
+    "LoraSettings", "Mode", "StudentForm", "adapter_state", "base_weight", "check_adapter", "layer_codes",
+    "load_adapter_state", "merged_weight", "other_trained", "prepare_student", "quantizable_modules", "quantize_layer",
+    "rebuild_codes", "rebuild_weight", "student_codes", "student_form",
 ]  # fmt: skip
 
 
@@ -68,15 +69,19 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def student_codes(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The codes that the live model computes with, by module name; empty for an unquantized student."""
     form = student_form(model)
-    if form.fmt is None:
-        return {}
-    codes = {name: unpack(packed) for name, packed in form.frozen.items()}
-    live = [name for name in form.quantized if name not in form.frozen]
+    return {} if form.fmt is None else {name: layer_codes(model, name) for name in form.quantized}
+
+
+def layer_codes(model: nn.Module, name: str) -> QuantizedWeight:
+    """One quantized layer's codes: for a side that does not want to hold those of all layers."""
+    form = student_form(model)
+    assert form.fmt is not None, "the student is not quantized"
+    if name in form.frozen:
+        return unpack(form.frozen[name])
     scaling = 1.0 if form.lora is None else form.lora.scaling
-    base = {name: base_weight(model, name) for name in live}
-    adapter = {key: value.detach() for key, value in _trained(model).items()} if live else {}
-    codes.update(rebuild_codes(base, adapter, form.fmt, scaling, form.mode))
-    return {name: codes[name] for name in form.quantized}
+    keys = (f"{name}.lora_A", f"{name}.lora_B", f"{name}.weight")
+    adapter = {key: value.detach() for key, value in _trained(model).items() if key in keys}
+    return quantize_layer(name, base_weight(model, name), adapter, form.fmt, scaling, form.mode)
 
 
 def base_weight(model: nn.Module, name: str) -> Tensor:

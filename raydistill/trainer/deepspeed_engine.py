@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from raydistill.config import TrainerSection
 from raydistill.errors import RunError
 from raydistill.imports import without
-from raydistill.quant.student import adapter_state
+from raydistill.quant.hashing import CodesDigest
+from raydistill.quant.student import adapter_state, layer_codes, student_form
 from raydistill.tensors import CompletionModel, SequenceBatch
 from raydistill.trainer.schedule import learning_rate_factor
 
@@ -132,11 +133,24 @@ class DeepSpeedEngine:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters([p for p in self.module.parameters() if p.requires_grad])
 
-    def whole_model(self) -> Any:
-        """Context in which every parameter is whole on every rank (a no-op below ZeRO-3)."""
+    def codes_hash(self, rank: int) -> str | None:
+        """`hash_codes` of the student, on rank 0; None on others and where nothing is quantized. One layer at a time: the
+        codes of all of them, or what ZeRO-3 has split, need not fit a device."""
+        model, digest = self.module.model, CodesDigest()
+        form = student_form(model)
+        if form.fmt is None or (rank != 0 and self._section.zero_stage < 3):
+            return None
+        for name in sorted(form.quantized):
+            with self._whole(model.get_submodule(name)):
+                if rank == 0:
+                    digest.add(name, layer_codes(model, name))
+        return digest.value if rank == 0 else None
+
+    def _whole(self, layer: nn.Module) -> Any:
+        """Context in which a layer's parameters are whole on every rank (a no-op below ZeRO-3)."""
         if self._section.zero_stage < 3:
             return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+        return self._deepspeed.zero.GatheredParameters(list(layer.parameters()))
 
 
 def _skip_overflow(optimizer: Any) -> None:

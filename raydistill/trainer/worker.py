@@ -30,8 +30,7 @@ from raydistill.messages import (
 )
 from raydistill.models import StudentSpec, build_student
 from raydistill.processes import this_process
-from raydistill.quant.hashing import hash_codes, hash_tensors
-from raydistill.quant.student import student_codes
+from raydistill.quant.hashing import hash_tensors
 from raydistill.recovery.checkpoint import CHECKPOINTS, read_description, version_of
 from raydistill.recovery.ledger import Ledger
 from raydistill.recovery.mirror import Mirror
@@ -221,15 +220,13 @@ class TrainerRank:
         """On rank 0 the whole trained state with its probe answers, and its hashes; every rank takes part."""
         state = self._engine.adapter_state()
         self._model.eval()
-        # Before whole_model: ZeRO-3 fetches for a forward by itself, and lets go of everything afterwards.
         probe = ProbeAnswers(logprobs_N=score_rows(self._model, self._job.probes, self._device))
-        with self._engine.whole_model():
-            codes = student_codes(self._model.model) if self._config.checks_codes(version) else {}
+        codes_hash = self._engine.codes_hash(self._rank) if self._config.checks_codes(version) else None
         if self._rank != 0:
             return None, ("", None)
         tensors = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in state.items()}
         weights = StudentWeights(version=version, tensors=tensors, probe=probe)
-        return weights, (hash_tensors(state), hash_codes(codes) if codes else None)
+        return weights, (hash_tensors(state), codes_hash)
 
     def _save(self, version: int, collected: Collected | None = None) -> None:
         """Checkpoint a version, unless it lies there already."""

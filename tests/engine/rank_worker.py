@@ -25,8 +25,6 @@ from raydistill.losses.objective import Objective
 from raydistill.merge import take_scored
 from raydistill.messages import REFERENCE_VERSION, Samples, Scored, TeacherDense, TokenRows
 from raydistill.models import StudentSpec, build_student
-from raydistill.quant.hashing import hash_codes
-from raydistill.quant.student import student_codes
 from raydistill.tensors import CompletionModel, SequenceBatch, score_rows, target_tensors
 from raydistill.trainer.deepspeed_engine import DeepSpeedEngine
 from raydistill.trainer.step import Ranks, run_step
@@ -246,8 +244,7 @@ class Rank:
         state = engine.adapter_state()
         model.eval()
         probe = torch.from_numpy(score_rows(model, PROBES, "cpu"))
-        with engine.whole_model():
-            codes = hash_codes(student_codes(model.model))
+        codes = engine.codes_hash(torch.distributed.get_rank())
         return {
             "state": state,
             "probe": probe,
