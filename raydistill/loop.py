@@ -155,6 +155,11 @@ class DistillationLoop:
         report = await self._roles.evaluator.evaluate(weights, version, answers)
         self._summary.evaluations.append(report)
         self._roles.records.evaluation(report)
+        if report.stale_answers:
+            self._roles.records.warning(
+                f"version {version}: {report.stale_answers} held-out answers were written by other weights; its exact match is "
+                "left out"
+            )
         if self._config.shows(version):
             self._roles.records.samples(version, await self._roles.evaluator.show(weights, version))
 

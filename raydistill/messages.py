@@ -305,3 +305,4 @@ class EvalReport:
     version: int
     metrics: dict[str, float]  # evaluate/kl_nats, evaluate/perplexity, evaluate/exact_match, ..._se
     span: Span
+    stale_answers: int = 0  # held-out answers that other weights wrote; exact match is left out then

@@ -81,16 +81,17 @@ class EvaluatorActor:
     @torch.inference_mode()
     def evaluate(self, run: str, weights: StudentWeights, references: Samples | None, *answers: Samples) -> EvalReport:
         """KL to the teacher and perplexity of one version on the references; exact match of `answers`, its greedy
-        completions, if given."""
+        completions, if given. Answers that other weights wrote are counted, and none is matched then."""
         start, of_run = time.time(), self._runs[run]
         self._load(of_run, weights)
         metrics: dict[str, float] = {}
         if of_run.held_out:
             metrics |= self._divergence_and_perplexity(of_run)
-        if answers and references is not None:
+        stale = sum(version != weights.version for part in answers for version in part.policy_versions)
+        if answers and references is not None and not stale:
             metrics |= self._exact_match(references, answers)
         span = Span(stage="evaluate", actor=self._name, step=weights.version, start_s=start, end_s=time.time())
-        return EvalReport(version=weights.version, metrics=metrics, span=span)
+        return EvalReport(version=weights.version, metrics=metrics, span=span, stale_answers=stale)
 
     def _divergence_and_perplexity(self, run: _Run) -> dict[str, float]:
         score = score_targets(self._completions, run.held_out, run.objective.temperature)

@@ -11,6 +11,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from raydistill.actors.evaluator import EvaluatorActor
+from raydistill.actors.give_up import needs_of
 from raydistill.actors.pool import ActorPool, PoolOfRuns
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.config import EvaluationSection, ObjectiveSection
@@ -41,7 +42,9 @@ class EvaluatorPool(PoolOfRuns):
     def __init__(self, section: EvaluationSection, timeout_s: float, by_role: bool = False) -> None:
         # Held-out rows are scored where the teachers are: no node type of its own for one small actor.
         self._options = actor_options("teacher", section, torch_environment(section), by_role)
-        self._pool: ActorPool[Any] = ActorPool("evaluator", 1, self._create, self._revive, timeout_s)
+        self._pool: ActorPool[Any] = ActorPool(
+            "evaluator", 1, self._create, self._revive, timeout_s, needs_of(self._options)
+        )
         self._runs: dict[str, RunEvaluator] = {}
 
     def _create(self, index: int) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydistill.actors.engine import SamplingSettings
+from raydistill.actors.give_up import needs_of
 from raydistill.actors.pool import ActorPool, PoolOfRuns
 from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.actors.starting import NO_GPU, START_TIMEOUT_S, actor_options, start_actor
@@ -40,7 +41,7 @@ class RolloutPool(PoolOfRuns):
         self._section = section
         self._options = actor_options("rollout", section, environment, by_role)
         self._pool: ActorPool[Any] = ActorPool(
-            "rollout", section.num_actors, self._create, self._revive, section.timeout_s
+            "rollout", section.num_actors, self._create, self._revive, section.timeout_s, needs_of(self._options)
         )
         self._runs: dict[str, RunRollouts] = {}
 
@@ -88,6 +89,7 @@ class RunRollouts:
     held_out: PromptBatch | None
     newest: tuple[Handle, str] | None = None  # the weights that every engine holds for this run, and their hash
     engine_names: list[str] = field(default_factory=list)
+    answering: set[asyncio.Future[Any]] = field(default_factory=set, repr=False)  # held-out prompts that are out
 
     async def sample(self, prompts: PromptBatch, version: int) -> AsyncIterator[tuple[StageReport, list[Sampled]]]:
         """See `Rollouts.sample`."""
@@ -132,7 +134,13 @@ class RunRollouts:
         ]
 
     async def load(self, weights: Handle, version: int, want_codes: bool) -> list[LoadReport]:
-        """See `Rollouts.load`."""
+        """See `Rollouts.load`.
+
+        A load that waits behind held-out prompts in an actor's queue could overtake them when the actor dies and both are
+        given to another, so it is not sent before they are answered.
+        """
+        if self.answering:
+            await asyncio.wait(self.answering)
         reports: list[LoadReport] = await self.pool.broadcast("load", self.name, weights, want_codes)
         self.newest = (weights, reports[0].weights_hash)
         return reports
@@ -150,7 +158,10 @@ class RunRollouts:
             if rows:
                 arguments = (self.name, batch, greedy, (0,) * len(rows), 0, (rows,))
                 weight = len(rows) * greedy.max_new_tokens
-                work.append(self.pool.work(weight, 1, "sample", *arguments, index=index))
+                task = asyncio.ensure_future(self.pool.work(weight, 1, "sample", *arguments, index=index))
+                self.answering.add(task)
+                task.add_done_callback(self.answering.discard)
+                work.append(task)
         return [samples for _, samples in await asyncio.gather(*work)]
 
     async def tokens_per_cpu_second(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
+from raydistill.actors.give_up import needs_of
 from raydistill.actors.pool import ActorPool, PoolOfRuns
 from raydistill.actors.starting import START_TIMEOUT_S, actor_options, start_actor, torch_environment
 from raydistill.actors.teacher import TeacherActor, TeacherRequest
@@ -22,7 +23,9 @@ class TeacherPool(PoolOfRuns):
     def __init__(self, section: TeacherSection, timeout_s: float, by_role: bool = False) -> None:
         self._section = section
         self._options = actor_options("teacher", section, torch_environment(section), by_role)
-        self._pool: ActorPool[Any] = ActorPool("teacher", section.num_actors, self._create, self._revive, timeout_s)
+        self._pool: ActorPool[Any] = ActorPool(
+            "teacher", section.num_actors, self._create, self._revive, timeout_s, needs_of(self._options)
+        )
         self._runs: set[str] = set()
         self._held: TeacherSection | None = None  # what the actors were told to load
 

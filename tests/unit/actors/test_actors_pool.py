@@ -1,6 +1,7 @@
 """The pool replaces what dies or hangs, re-issues what it held, and gives up in the end."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from raydistill.actors import give_up
 from raydistill.actors import pool as pool_module
 from raydistill.actors.pool import ActorPool
 from raydistill.errors import LostError, ModelError, RunError
@@ -53,6 +55,10 @@ class FakeActor:
         if self.is_dead:
             result.set_exception(RayActorError())
             return
+        if method == "__ray_ready__":
+            if self.life not in self.cluster.unplaced:
+                result.set_result(True)
+            return
         self.cluster.log.append((self.index, self.life, method, *args))
         answer = self.cluster.behave(self, method, args)
         self.pending.append(result)
@@ -77,6 +83,7 @@ class Cluster:
         self.behave, self.log = behave, []  # type: ignore[var-annotated]
         self.made: list[FakeActor] = []
         self.killed: list[FakeActor] = []
+        self.unplaced: tuple[int, ...] = ()  # lives that never get a place
 
     def create(self, index: int) -> FakeActor:
         self.made.append(FakeActor(self, index, sum(a.index == index for a in self.made)))
@@ -98,7 +105,7 @@ MakePool = Callable[..., ActorPool[Any]]
 def make_pool(monkeypatch: pytest.MonkeyPatch) -> MakePool:
     def make(cluster: Cluster, size: int = 2, timeout_s: float = 5.0) -> ActorPool[Any]:
         monkeypatch.setattr(pool_module.ray, "kill", cluster.kill)
-        return ActorPool("teacher", size, cluster.create, cluster.revive, timeout_s)
+        return ActorPool("teacher", size, cluster.create, cluster.revive, timeout_s, {"GPU": 1.0, "CPU": 0.5})
 
     return make
 
@@ -161,6 +168,177 @@ def test_a_call_that_hangs_counts_as_a_dead_actor(make_pool: MakePool) -> None:
     run(whole)
     assert cluster.log == [(0, 0, "load", 3), (0, 1, "start"), (0, 1, "load", 3)]
     assert cluster.killed == [cluster.made[0]]
+
+
+@pytest.mark.parametrize("method", ["work", "call"])
+def test_a_call_survives_two_hangs_in_a_row_each_time(make_pool: MakePool, method: str) -> None:
+    """The count is the call's own: what another call met does not shorten its patience."""
+
+    def behave(actor: FakeActor, name: str, args: tuple[Any, ...]) -> Any:
+        return HANG if name == "score" and actor.life % 3 < 2 else actor.life
+
+    cluster = Cluster(behave)
+
+    async def whole() -> None:
+        pool = make_pool(cluster, size=1, timeout_s=0.02)
+        for life in (2, 5, 8):
+            answer = await (pool.work(1, 1, "score") if method == "work" else pool.call(0, "score"))
+            assert (answer[0] if method == "work" else answer) == life
+            cluster.made[-1].die()
+            assert await pool.call(0, "counts") == life + 1
+
+    run(whole)
+
+
+@pytest.mark.parametrize("method", ["work", "call"])
+def test_a_call_that_hangs_every_time_ends_the_run_with_the_field_of_its_limit(
+    make_pool: MakePool, method: str
+) -> None:
+    cluster = Cluster(lambda actor, name, args: HANG if name == "score" else "ok")
+    way_out = r"'score' within rollout.timeout_s=0.02, 3 times in a row.* raise rollout.timeout_s, or .*eval_rows"
+
+    async def whole() -> None:
+        pool = make_pool(cluster, size=1, timeout_s=0.02)
+        with pytest.raises(RunError, match=f"teacher-0 did not answer {way_out}"):
+            await (pool.work(1, 1, "score") if method == "work" else pool.call(0, "score"))
+        assert await pool.call(0, "counts") == "ok"  # another run need not wait behind it
+
+    run(whole)
+    assert [call[1:] for call in cluster.log if call[2] == "score"] == [(life, "score") for life in range(3)]
+    assert len(cluster.made) == 4
+
+
+def test_a_start_that_hangs_every_time_names_no_field(make_pool: MakePool) -> None:
+    cluster = Cluster(lambda actor, name, args: HANG)
+
+    async def whole() -> None:
+        pool = make_pool(cluster, size=1)
+        pool._revive = revive_at_once
+        with pytest.raises(RunError, match=r"'start' within 0.02 s, 3 times in a row.*Ray's logs"):
+            await pool.call(0, "start", timeout_s=0.02)
+
+    run(whole)
+
+
+async def revive_at_once(actor: Any, index: int) -> None: ...
+
+
+def test_replacements_that_hang_when_they_start_end_the_run(make_pool: MakePool) -> None:
+    cluster = Cluster(lambda actor, name, args: DIE)
+
+    async def hang(actor: Any, index: int) -> None:
+        raise TimeoutError
+
+    async def whole() -> None:
+        pool = make_pool(cluster, size=1)
+        pool._revive = hang
+        with pytest.raises(RunError, match="teacher-0 did not answer 'start' within 900 s, 3 times in a row"):
+            await pool.call(0, "score")
+
+    run(whole)
+    assert set(cluster.killed) == set(cluster.made) and len(cluster.made) == 4
+
+
+@pytest.mark.parametrize("life", [0, 1])
+def test_an_actor_without_a_place_ends_the_run_at_once(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, life: int
+) -> None:
+    """Another could not be placed either. life 1: the place went to somebody else when the first actor died."""
+    monkeypatch.setattr(give_up.ray, "available_resources", lambda: {"CPU": 7.5})
+    cluster = Cluster(lambda actor, name, args: HANG if actor.life == life else DIE)
+    cluster.unplaced = (life,)
+
+    async def revive(actor: FakeActor, index: int) -> None:
+        await asyncio.wait_for(asyncio.wrap_future(actor.start.remote().future()), 0.02)
+
+    async def whole() -> None:
+        pool = make_pool(cluster, size=1)
+        pool._revive = revive
+        says = r"teacher-0 found no place on the cluster: it needs 1 GPU \(0 free\); wait for .*teacher.num_actors"
+        with pytest.raises(RunError, match=says):
+            await pool.call(0, "start", timeout_s=0.02)
+
+    run(whole)
+    assert len(cluster.made) == life + 1
+
+
+def test_an_actor_that_is_slow_where_there_is_room_is_replaced(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is free, because the actor itself has it; or one is free, and its process does not come up."""
+    free = {"CPU": 4.0}
+    monkeypatch.setattr(give_up.ray, "available_resources", lambda: free)
+    cluster = Cluster(lambda actor, name, args: HANG if actor.life < 2 else "ok")
+    cluster.unplaced = (1,)
+
+    async def lets_go(actor: Any, index: int) -> None:
+        free["GPU"] = 1.0
+
+    async def whole() -> None:
+        pool = make_pool(cluster, size=1)
+        pool._revive = lets_go
+        assert await pool.call(0, "start", timeout_s=0.02) == "ok"
+
+    run(whole)
+
+
+class OneAtATime:
+    """Answers after `seconds` of work, one call after another; `stop` is SIGSTOP."""
+
+    def __init__(self, seconds: Callable[[tuple[Any, ...]], float]) -> None:
+        self.seconds, self.waiting, self.is_stopped = seconds, asyncio.Queue[Any](), False
+        self.task = asyncio.create_task(self.serve())
+
+    async def serve(self) -> None:
+        while True:
+            actor, args = await self.waiting.get()
+            await asyncio.sleep(self.seconds(args))
+            if not self.is_stopped:
+                actor.pending.pop(0).set_result(args[0])
+
+    def __call__(self, actor: FakeActor, method: str, args: tuple[Any, ...]) -> Any:
+        if actor.life:
+            return args[0] if args else "started"
+        self.waiting.put_nowait((actor, args))
+        return HANG
+
+
+def test_a_call_that_waits_behind_others_is_no_hang(make_pool: MakePool) -> None:
+    async def whole() -> None:
+        cluster = Cluster(OneAtATime(lambda args: 0.1))
+        pool = make_pool(cluster, size=1, timeout_s=0.25)
+        answers = await asyncio.gather(*(pool.work(1, 1, "score", name) for name in "abcdef"))
+        assert [report for report, _ in answers] == list("abcdef")
+        assert len(cluster.made) == 1 and not cluster.killed
+
+    run(whole)
+
+
+def test_a_call_waits_as_long_as_the_one_before_it_may_take(make_pool: MakePool) -> None:
+    async def whole() -> None:
+        cluster = Cluster(OneAtATime(lambda args: args[1]))
+        pool = make_pool(cluster, size=1, timeout_s=0.1)
+        export = pool.call(0, "export", "export", 0.4, timeout_s=5)
+        assert await asyncio.gather(export, pool.call(0, "evaluate", "report", 0.0)) == ["export", "report"]
+        assert len(cluster.made) == 1
+
+    run(whole)
+
+
+def test_an_actor_that_stops_after_an_answer_hangs_from_then_on(make_pool: MakePool) -> None:
+    async def whole() -> None:
+        serving = OneAtATime(lambda args: 0.1)
+        cluster = Cluster(serving)
+        pool = make_pool(cluster, size=1, timeout_s=0.3)
+        start = time.monotonic()
+        calls = [asyncio.create_task(pool.call(0, "score", name)) for name in "abc"]
+        assert await calls[0] == "a"
+        serving.is_stopped = True
+        assert await asyncio.gather(*calls[1:]) == ["b", "c"]
+        assert 0.35 < time.monotonic() - start < 2
+        assert len(cluster.made) == 2
+
+    run(whole)
 
 
 def test_a_broadcast_answers_in_order_though_one_actor_dies(make_pool: MakePool) -> None:

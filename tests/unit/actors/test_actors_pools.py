@@ -20,6 +20,7 @@ from raydistill.config import Config
 from raydistill.data.schedule import rank_of, sampling_seed
 from raydistill.messages import PromptBatch, Samples, StudentWeights, TokenRows
 from raydistill.models import StudentSpec
+from raydistill.preflight.placement import ROLE_SHARE
 
 
 class LocalRef:
@@ -68,6 +69,8 @@ class LocalHandle:
     def answer(self, name: str, args: tuple[Any, ...]) -> Any:
         if self.is_dead:
             raise RayActorError()
+        if name == "__ray_ready__":
+            return True
         self.log.append((self.actor, name))
         return getattr(self.actor, name)(*(a.result.result() if isinstance(a, LocalRef) else a for a in args))
 
@@ -287,6 +290,47 @@ def test_held_out_prompts_are_answered_greedily_once_each(local_ray: LocalRay) -
     assert (settings.temperature, settings.max_new_tokens) == (0.0, 9)
 
 
+class SlowHandle(LocalHandle):
+    """Its answers wait until it dies, and Ray tells of lost calls in any order: here the last one first."""
+
+    def __init__(self, actor: Any, log: list[tuple[Any, ...]]) -> None:
+        super().__init__(actor, log)
+        self.waiting: list[LocalRef] = []
+
+    def __getattr__(self, name: str) -> LocalMethod:
+        return SlowMethod(self, name)
+
+    def die(self) -> None:
+        self.is_dead = True
+        for ref in reversed(self.waiting):
+            ref.result.set_exception(RayActorError())
+
+
+class SlowMethod(LocalMethod):
+    def remote(self, *args: Any) -> Any:
+        assert isinstance(self.handle, SlowHandle)
+        refs = [LocalRef() for _ in range(self.num_returns)]
+        self.handle.waiting += refs[:1]
+        return refs if self.num_returns > 1 else refs[0]
+
+
+def test_held_out_answers_keep_their_version_though_an_actor_dies_before_the_next_load(local_ray: LocalRay) -> None:
+    async def whole() -> None:
+        pool = await armed_pool(version=4)
+        slow = SlowHandle(local_ray.handles[0].actor, local_ray.log)
+        pool.pool._members[0].actor = slow
+        answers = asyncio.create_task(pool.answer_held_out())
+        await asyncio.sleep(0)  # the loop asks for the answers first
+        load = asyncio.create_task(pool.load(weights(5), 5, False))
+        await asyncio.sleep(0.01)
+        slow.die()
+        parts = [handle.result.result() for handle in await answers]
+        assert {version for part in parts for version in part.policy_versions} == {4}
+        assert [report.version for report in await load] == [5, 5, 5]
+
+    run(whole)
+
+
 def test_a_step_that_is_given_up_leaves_no_work_behind(local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:
     async def whole() -> None:
         pool = await armed_pool()
@@ -318,6 +362,13 @@ class EchoTeacher:
     def score(self, samples: Any, request: Any) -> tuple[Any, Any]:
         assert self.started
         return f"report by {self.name}", ("scored", samples)
+
+
+def test_a_pool_knows_what_its_actors_book(local_ray: LocalRay) -> None:
+    section = CONFIG.rollout.model_copy(update={"num_gpus": 2.0, "num_cpus": 0.5})
+    assert RolloutPool(section)._pool._needs == {"GPU": 2.0, "CPU": 0.5}
+    teachers = TeacherPool(CONFIG.teacher.model_copy(update={"num_gpus": 1.0, "num_cpus": 1.0}), 5, by_role=True)
+    assert teachers._pool._needs == {"GPU": 1.0, "CPU": 1.0, "teacher": ROLE_SHARE}
 
 
 def test_a_teacher_that_dies_is_replaced_and_started(local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ class World:
         self.skip_reason: dict[int, str] = {}
         self.fail: dict[str, BaseException] = {}
         self.references: tuple[int, ...] = ()  # steps that use references only
+        self.stale: dict[int, int] = {}  # held-out answers of another version, by the version evaluated
 
     async def busy(self, what: str) -> None:
         if what in self.fail:
@@ -172,7 +173,8 @@ class World:
         await self.busy("evaluate")
         self.events.append(("evaluated", version))
         span = Span(stage="evaluate", actor="evaluator-0", step=version, start_s=0.0, end_s=1.0)
-        return EvalReport(version=version, metrics={"evaluate/kl_nats": 1.0 / (version + 1)}, span=span)
+        metrics = {"evaluate/kl_nats": 1.0 / (version + 1)}
+        return EvalReport(version=version, metrics=metrics, span=span, stale_answers=self.stale.get(version, 0))
 
     # Records
     def step(self, outcome: StepOutcome, metrics: dict[str, float]) -> None:
@@ -362,6 +364,15 @@ def test_held_out_answers_are_asked_for_before_the_next_load(staleness: int) -> 
     summary = world.run()
     assert world.only("load", "answer") == [(what, version) for version in range(6) for what in ("load", "answer")]
     assert sorted(evaluation.version for evaluation in summary.evaluations) == list(range(6))
+
+
+def test_held_out_answers_of_another_version_are_said() -> None:
+    world = World(make_config(num_steps=2, evaluation={"eval_every": 1, "exact_match": "final_number"}))
+    world.stale[1] = 24
+    world.run()
+    assert world.warnings == [
+        "version 1: 24 held-out answers were written by other weights; its exact match is left out"
+    ]
 
 
 def test_evaluation_runs_beside_training() -> None:
