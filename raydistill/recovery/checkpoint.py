@@ -33,6 +33,7 @@ CHECKPOINTS = "checkpoints"  # of a run
 WEIGHTS, DESCRIPTION = "weights.safetensors", "checkpoint.json"
 FULL_BYTES = 64 * 1024  # a disk with less is full: what failed wrote until nothing more went in
 PREFIX, WRITING = "step-", ".writing-"
+TORCH_STREAM_ERRORS = ("iostream error", "inline_container", "PytorchStreamWriter")  # what torch.save says of a disk
 
 
 def checkpoint_folder(root: Path, version: int) -> Path:
@@ -92,11 +93,16 @@ def commit_checkpoint(partial: Path, version: int, description: Mapping[str, obj
 
 @contextmanager
 def writing(root: Path, version: int) -> Iterator[None]:
-    """Around one rank's part of writing a checkpoint: a disk error becomes one clear line and leaves nothing behind."""
+    """Around one rank's part of writing a checkpoint: a disk error becomes one clear line and leaves nothing behind.
+
+    Other errors pass. They leave the folder: to a rank that still writes there, its end would look like a disk error.
+    """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own
         final, is_full = checkpoint_folder(root, version), _is_full(root)
+        if not (is_full or isinstance(error, (OSError, SafetensorError, RunError)) or _is_of_stream(error)):
+            raise  # a neighbour's death, seen by torch.distributed
         for partial in root.glob(f"{_partial_name(final).name}*"):
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RunError):
@@ -182,6 +188,10 @@ def _is_full(root: Path) -> bool:
     with suppress(OSError):
         return shutil.disk_usage(root).free < FULL_BYTES
     return False
+
+
+def _is_of_stream(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in TORCH_STREAM_ERRORS)
 
 
 def _sync(path: Path) -> None:

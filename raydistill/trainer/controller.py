@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from raydistill.errors import LostError
 from raydistill.processes import this_process
 
 CONTROLLER = "controller"
@@ -24,8 +26,14 @@ class TellsFeed(ControllerCallback, WorkerGroupCallback):
         self._feed = feed
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        ray.get(self._feed.join.remote(this_process(CONTROLLER)), timeout=TELL_TIMEOUT_S)
+        self._tell(self._feed.join.remote(this_process(CONTROLLER)))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         booking = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        ray.get(self._feed.book.remote(booking), timeout=TELL_TIMEOUT_S)
+        self._tell(self._feed.book.remote(booking))
+
+    def _tell(self, told: Any) -> None:
+        try:
+            ray.get(told, timeout=TELL_TIMEOUT_S)
+        except RayActorError as error:  # Ray Train would take it for a rank's, and start ranks again and again
+            raise LostError("the trainer's feed died") from error

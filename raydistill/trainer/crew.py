@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -62,6 +62,9 @@ class TrainerCrew:
         )
         self.feed = feed.remote(config.trainer.num_workers)
         self._number = -1
+        self._feed_process: Member | None = None
+        self._members: list[Member] = []  # known here too: a feed that is gone or hangs tells nobody
+        self._booking: PlacementGroup | None = None
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name="ray-train-fit", daemon=True)
         self._thread.start()
@@ -74,8 +77,13 @@ class TrainerCrew:
     async def start(self, job: TrainerJob) -> None:
         """Hand a job to the ranks; returns when the feed has it, so that what is asked of the feed next is about this job."""
         self._number += 1
-        assigned = self.feed.assign.remote(self._number, job, job.config.sync.max_staleness + 2)
-        await asyncio.wrap_future(assigned.future())
+        if self._feed_process is None:
+            self._feed_process = await _answer(self.feed.process.remote())
+        await _answer(self.feed.assign.remote(self._number, job, job.config.sync.max_staleness + 2))
+
+    def keep(self, members: list[Member], booking: PlacementGroup | None) -> None:
+        """Who is to end with the crew, and what they have booked."""
+        self._members, self._booking = members, booking
 
     async def wait_done(self) -> bool:
         """Wait until every rank is done with the job; False if the crew ended before."""
@@ -104,6 +112,8 @@ class TrainerCrew:
                 name=self._name,
                 storage_path=str(storage),
                 worker_runtime_env={"env_vars": worker_environment(self._config)},
+                # It would start the ranks of a drained node again; what follows a loss is an attempt with a new crew.
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
                 callbacks=[TellsFeed(feed)],
             ),
         )
@@ -121,25 +131,30 @@ class TrainerCrew:
         patience_s: how long the feed may take to answer, the ranks to end by themselves, other nodes to end them, and Ray
         Train to notice: in all at most six times as long.
         """
-        members: list[Member] = []
-        booking: PlacementGroup | None = None
-        with suppress(RayError, TimeoutError):
-            members, booking = await asyncio.wait_for(self._dismissed(), patience_s)
+        try:
+            self.keep(*await asyncio.wait_for(self._dismissed(), patience_s))
+        except RayError:
+            pass  # it is dead: what the ranks ask of it ends them
+        except TimeoutError:
+            if self._feed_process is not None:  # or they would wait for it
+                await asyncio.to_thread(end_processes, [self._feed_process], patience_s)
         await self._joined(patience_s)
         # A stopped process hears nothing but the kernel. The ranks first: with them gone, the controller ends by itself.
-        ranks = [member for member in members if member.name != CONTROLLER]
-        for some in (ranks, [member for member in members if member.name == CONTROLLER]):
-            if some and self._thread.is_alive():
+        ranks = [member for member in self._members if member.name != CONTROLLER]
+        for some in (ranks, [member for member in self._members if member.name == CONTROLLER]):
+            # Ranks may live on for a while after a controller that was killed.
+            if some and (self._thread.is_alive() or self.failure is not None):
                 await asyncio.to_thread(end_processes, some, min(END_TIMEOUT_S, patience_s))
                 await self._joined(patience_s)
-        if booking is not None and self.failure is not None:  # a controller that was killed has given nothing back
-            await asyncio.to_thread(remove_placement_group, booking)
+        if self._booking is not None and self.failure is not None:  # a killed controller has given nothing back
+            await asyncio.to_thread(remove_placement_group, self._booking)
         ray.kill(self.feed)
 
     async def _dismissed(self) -> tuple[list[Member], PlacementGroup | None]:
         """Close the feed; who is to end, and what they have booked."""
         await _answer(self.feed.close.remote("the crew is dismissed"))
-        return await _answer(self.feed.members.remote()), await _answer(self.feed.booking.remote())
+        members, booking = await _answer(self.feed.started.remote())
+        return members, booking
 
     async def _joined(self, timeout_s: float) -> None:
         await asyncio.to_thread(self._thread.join, timeout_s)

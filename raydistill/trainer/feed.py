@@ -14,6 +14,7 @@ from typing import Any
 
 from raydistill.errors import RunError
 from raydistill.messages import StepOutcome, StudentWeights
+from raydistill.processes import Member, this_process
 
 KEEP_VERSIONS = 3  # enough for sync.max_staleness = 1; a trainer that may run further ahead needs more
 
@@ -24,7 +25,7 @@ class Feed:
     def __init__(self, num_ranks: int = 1) -> None:
         self._num_ranks = num_ranks
         self._changed = asyncio.Condition()
-        self._members: list[Any] = []
+        self._members: list[Member] = []
         self._booking: Any = None
         self._closed: str | None = None
         self._begin(-1, None, KEEP_VERSIONS)
@@ -39,21 +40,26 @@ class Feed:
         self._stop_at: int | None = None
         self._done: set[int] = set()
 
-    async def join(self, member: Any) -> None:
+    async def process(self) -> Member:
+        """Driver: which process this one is."""
+        return this_process("feed")
+
+    async def join(self, member: Member) -> None:
         """Rank, and Ray Train's controller: which process it is."""
-        self._members.append(member)
+        async with self._changed:
+            self._members.append(member)
+            self._changed.notify_all()
 
     async def book(self, placement_group: Any) -> None:
         """Ray Train's controller: what the ranks run in. It outlives a controller that is killed."""
         self._booking = placement_group
 
-    async def members(self) -> list[Any]:
-        """Driver: the processes of all who have joined."""
-        return self._members
-
-    async def booking(self) -> Any | None:
-        """Driver: what `book` was told; None if the ranks have not started."""
-        return self._booking
+    async def started(self) -> tuple[list[Member], Any | None]:
+        """Driver: wait until every rank has joined, or the feed is closed; who has joined, and what they have booked."""
+        async with self._changed:
+            # The controller is one more.
+            await self._changed.wait_for(lambda: len(self._members) > self._num_ranks or self._closed is not None)
+            return self._members, self._booking
 
     async def assign(self, number: int, job: Any, keep_versions: int = KEEP_VERSIONS) -> None:
         """Driver: the next job; everything of the one before is forgotten."""
@@ -98,8 +104,9 @@ class Feed:
         return parts
 
     async def fail(self, message: str) -> None:
-        """Rank: an error that another attempt would meet again."""
-        self._fatal = self._fatal or message
+        """Rank: an error that another attempt would meet again. Once the feed is closed, that is what ranks meet."""
+        if self._closed is None:
+            self._fatal = self._fatal or message
 
     async def fatal(self) -> str | None:
         """Driver: what `fail` was told first."""

@@ -48,6 +48,7 @@ class TrainerGroup:
             await asyncio.wait_for(self._crew.start(self._job), START_TIMEOUT_S)
         except (RayActorError, TimeoutError) as error:
             raise LostError(f"the trainer's feed did not start: {last_line(error)}") from error
+        self._crew.keep(*await self._within(self._feed.started.remote(), START_TIMEOUT_S))
         return await self.outcome(BEFORE_THE_FIRST)
 
     async def offer(self, step: int, parts: list[list[Any]]) -> None:

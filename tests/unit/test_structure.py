@@ -136,9 +136,8 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "lm_eval
 # Waits for another process without a time limit of their own, and what limits them. Every other one has one where it stands.
 MAY_WAIT = {
     "raydistill.trainer.worker.serve": "an idle crew waits for a job as long as its driver lives",
-    "raydistill.trainer.crew.start": "TrainerGroup.start gives it START_TIMEOUT_S",
     "raydistill.trainer.crew.wait_done": "TrainerGroup.finish gives it trainer.timeout_s",
-    "raydistill.trainer.crew._answer": "TrainerCrew.end gives it its patience",
+    "raydistill.trainer.crew._answer": "TrainerGroup.start gives it START_TIMEOUT_S, TrainerCrew.end its patience",
     "raydistill.trainer.group._answer": "_within and _trained give it theirs",
     "raydistill.sweep.tuner._run": "a trial takes as long as its run, each of whose calls is limited",
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from raydistill.errors import RunError
 from raydistill.messages import StudentWeights
@@ -21,13 +22,16 @@ from raydistill.recovery.checkpoint import (
     damage,
     load_checkpoint,
     newest_checkpoint,
+    partial_folder,
     read_description,
     remove_checkpoint,
     save_checkpoint,
+    writing,
 )
 from raydistill.recovery.keeper import CheckpointKeeper, read_best
 
 KL = "evaluate/kl_nats"
+GLOO = "[/__w/pytorch/third_party/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
 
 
 def weights(version: int, size: int = 8) -> StudentWeights:
@@ -109,6 +113,38 @@ def test_a_full_disk_at_the_description_is_a_run_error_too(tmp_path: Path, monke
     monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(RunError, match="No space left on device"):
         save(tmp_path, 2)
+
+
+@pytest.mark.parametrize("size", [1, 100_000], ids=["small", "large"])  # torch words them differently
+def test_a_file_that_torch_cannot_write_is_a_run_error_and_nothing_is_left(tmp_path: Path, size: int) -> None:
+    partial = partial_folder(tmp_path, 2, "attempt")
+    with (
+        pytest.raises(RunError, match=r"step-000002 could not be written .*earlier ones stand"),
+        writing(tmp_path, 2),
+        file_size_limit(1000),
+    ):
+        torch.save(torch.zeros(size), partial / "optimizer.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_neighbours_death_raises_stays_what_it_is_and_takes_no_folder_from_those_who_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meet() -> None:
+        with writing(tmp_path, 2):
+            partial_folder(tmp_path, 2, "attempt")
+            raise RuntimeError(GLOO)
+
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as met:
+        meet()
+    assert not isinstance(met.value, RunError)
+    assert [path.name for path in tmp_path.iterdir()] == [".writing-step-000002.attempt"]
+    save(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+    monkeypatch.setattr(checkpoint, "FULL_BYTES", float("inf"))  # with a full disk, the neighbour met that
+    with pytest.raises(RunError, match="No space left on device"):
+        meet()
 
 
 def truncate_weights(folder: Path) -> None:

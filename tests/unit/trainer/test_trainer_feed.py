@@ -9,6 +9,7 @@ import pytest
 
 from raydistill.errors import RunError
 from raydistill.messages import StepOutcome, StudentWeights
+from raydistill.processes import Member
 from raydistill.trainer.feed import KEEP_VERSIONS, Feed
 
 
@@ -201,6 +202,52 @@ def test_the_first_fatal_error_is_remembered() -> None:
         await feed.fail("the disk is full")
         await feed.fail("a neighbour died")
         assert await feed.fatal() == "the disk is full"
+
+    run(whole())
+
+
+def test_what_ranks_meet_because_the_feed_is_closed_is_not_fatal() -> None:
+    async def whole() -> None:
+        feed = Feed()
+        await feed.close("the trainer group failed: its controller died")
+        await feed.fail("the feed is closed: the trainer group failed")
+        assert await feed.fatal() is None
+
+        feed = Feed()
+        await feed.fail("the disk is full")
+        await feed.close("the trainer group failed: a rank raised an error")
+        await feed.fail("the feed is closed: the trainer group failed")
+        assert await feed.fatal() == "the disk is full"
+
+    run(whole())
+
+
+def test_the_driver_hears_who_is_to_end_when_the_last_rank_has_joined() -> None:
+    members = [
+        Member(name=name, node_id="n", pid=pid) for pid, name in enumerate(("controller", "trainer-1", "trainer-0"))
+    ]
+
+    async def whole() -> None:
+        feed = Feed(num_ranks=2)
+        waiting = asyncio.create_task(feed.started())
+        await feed.join(members[0])
+        await feed.book("booking")
+        await feed.join(members[1])
+        assert await still_waits(waiting)
+        await feed.join(members[2])
+        assert await waiting == (members, "booking")
+        assert await feed.started() == (members, "booking")  # the next job's driver asks too
+
+    run(whole())
+
+
+def test_a_closed_feed_tells_who_has_joined_so_far() -> None:
+    async def whole() -> None:
+        feed = Feed(num_ranks=2)
+        waiting = asyncio.create_task(feed.started())
+        assert await still_waits(waiting)
+        await feed.close("the crew is dismissed")
+        assert await waiting == ([], None)
 
     run(whole())
 

@@ -24,6 +24,7 @@ class Feed:
         self.offer = SimpleNamespace(remote=lambda step, parts: self.ref(None))
         self.outcome = SimpleNamespace(remote=self._outcome)
         self.fatal = SimpleNamespace(remote=lambda: self.ref(None))
+        self.started = SimpleNamespace(remote=lambda: self.ref((["trainer-0"], "booking")))
 
     def ref(self, value: Any) -> Any:
         answer: Future[Any] = Future()
@@ -67,3 +68,18 @@ def test_a_step_that_was_offered_early_has_its_time_from_when_it_is_waited_for()
         assert await trainer.outcome(1) == "trained"
 
     asyncio.run(whole())
+
+
+def test_the_crew_knows_whom_to_end_before_the_first_version_is_there() -> None:
+    async def whole() -> None:
+        trainer, kept = group(Feed()), list[Any]()
+        crew: Any = trainer._crew
+        crew.start, crew.keep = lambda job: asyncio.sleep(0), lambda *known: kept.extend(known)
+        waiting = asyncio.ensure_future(trainer.start())
+        while not kept:
+            await asyncio.sleep(0.01)
+        assert kept == [["trainer-0"], "booking"]
+        assert not waiting.done()
+        waiting.cancel()
+
+    asyncio.run(asyncio.wait_for(whole(), 10))
