@@ -78,7 +78,7 @@ class Delivery:
         with path.open("rb") as file:
             self._go_to_place(store, file)
             lines: list[Line] = []
-            raw_size, num_points, has_ended = 0, 0, False
+            raw_size, num_points, has_ended = 0, 0, self._has_ended
             for raw in file:
                 if not raw.endswith(b"\n"):
                     break
@@ -97,8 +97,8 @@ class Delivery:
             self._save(problem=None)
         if self.state.problem:
             self._save(problem=None)
-        self._has_ended = has_ended or (self._has_ended and raw_size == 0)
-        return self._has_ended
+        self._has_ended = has_ended
+        return has_ended
 
     def mark_killed(self) -> None:
         """The writer is gone without an `end` line."""
@@ -133,6 +133,9 @@ class Delivery:
                 store.delete_run(self.state.run_id)
             self._start_over()
             file.seek(0)
+        else:  # the `end` may be delivered already, by an earlier process or before a failure
+            last = prefix[prefix.rfind(b"\n", 0, -1) + 1 :]
+            self._has_ended = bool(last) and decode_line(last)["kind"] == "end"
         self._inode = stat.st_ino
 
     def _start_over(self) -> None:
