@@ -143,6 +143,9 @@ def _measurements(
     positions: int,
 ) -> Iterator[measured.Measurement]:
     """All but KL, perplexity and exact match, which every comparison knows."""
+    longest, room = positions, f"{positions} positions that all of these models know"
+    if plan.engine == "vllm":  # it scores a sequence only where the next token has room
+        longest, room = positions - 1, f"{room} (vLLM needs one of them for the next token)"
     if plan.is_classification:
         from raydistill.evaluate.classify import Classification
 
@@ -150,23 +153,25 @@ def _measurements(
         kept = {example.row_id for example in examples}
         chosen = [row for row in plan.rows.rows if row.row_id in kept]
         classification = Classification(chosen, tokenizer, section, stop_ids)
+        if classification.max_tokens > longest:
+            raise DataError(
+                f"--classify: a row with a label has {classification.max_tokens} tokens, which do not fit the {room}; leave "
+                f"out rows that have more than {longest} with any of the labels"
+            )
         _remark(classification.summary())
         yield classification
     if plan.texts is not None:
-        yield from _texts(plan.texts, tokenizer, positions)
+        yield from _texts(plan.texts, tokenizer, longest, room)
     if plan.tasks is not None:
         yield _tasks(plan, tokenizer, positions)
 
 
-def _texts(request: TextRequest, tokenizer: Any, positions: int) -> Iterator[measured.Measurement]:
+def _texts(request: TextRequest, tokenizer: Any, longest: int, room: str) -> Iterator[measured.Measurement]:
     from raydistill.evaluate.text import TextPerplexity, read_text, tokenize
 
     texts = [(path.name, read_text(path, request.column)) for path in request.files]
-    if request.window > positions:
-        raise DataError(
-            f"--window {request.window} is longer than the {positions} positions that all of these models know; lower it to "
-            f"{positions} or less"
-        )
+    if request.window > longest:
+        raise DataError(f"--window {request.window} does not fit the {room}; lower it to {longest} or less")
     for name, text in texts:
         measurement = TextPerplexity(
             tokenize(name, text, tokenizer), request.convention, request.window, request.stride

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from raydistill.data.encode import Example, num_known_ids
+from raydistill.errors import UserError
 from raydistill.evaluate.answerers import Answerer, HfAnswerer
 from raydistill.evaluate.final_numbers import FinalNumbers
 from raydistill.evaluate.held_out import RowScores, TeacherAnswers, answer_held_out, score_alone, score_rows
@@ -57,7 +58,8 @@ def evaluate_folders(
 
     teacher: None where there is none: no row of its own, no KL. tokenizer: the one that encoded the examples. temperature:
     softens both sides of the KL, not perplexity. A target that is the teacher's own folder gives its name to the teacher's
-    row. ModelError where a target's token ids mean something else; checked for all before one is loaded.
+    row. UserError where another target is called as that row is, ModelError where a target's token ids mean something else;
+    checked for all before one is loaded.
     """
     answered = [example for example in examples if example.has_reference]
     everyone = _in_rows(targets, teacher)
@@ -81,12 +83,20 @@ def evaluate_folders(
 
 
 def _in_rows(targets: Sequence[Target], teacher: Path | None) -> list[Target]:
-    """The teacher first, under the name of the target that is its folder, if there is one."""
+    """The teacher first, under the name of the target that is its folder, if there is one. UserError if another target
+    has the name that is then left for it: one would take the other's place."""
     if teacher is None:
         return list(targets)
     named = next((target for target in targets if _is_teacher(target, teacher)), None)
     first = Target(named.name if named else "teacher", teacher, "teacher")
-    return [first, *(target for target in targets if target is not named)]
+    others = [target for target in targets if target is not named]
+    if same := next((target for target in others if target.name == first.name), None):
+        folder = same.checkpoint or same.adapter or same.folder
+        raise UserError(
+            f"the target {folder} is called {same.name!r}, as is the row of the teacher {teacher}; name it apart, as in "
+            f"first={folder}"
+        )
+    return [first, *others]
 
 
 def _is_teacher(target: Target, teacher: Path) -> bool:

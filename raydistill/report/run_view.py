@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,14 @@ def view_of(lines: Iterable[Line], folder: Path) -> RunView:
 
 
 def summary_rows(table: Line) -> list[SummaryRow]:
-    """A recorded comparison as rows; empty if the table is another one."""
+    """A recorded comparison as rows, without what a study's lines say beyond them and without models that are not there;
+    empty if the table is another one."""
+    names = {one.name for one in fields(SummaryRow)}
     try:
-        return [SummaryRow(**row) for row in table["rows"]]
+        return [
+            SummaryRow(**{name: value for name, value in row.items() if name in names})
+            for row in table["rows"]
+            if "bytes" in row
+        ]
     except TypeError:
         return []

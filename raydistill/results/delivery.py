@@ -3,8 +3,8 @@
 Reads `record.jsonl` from where it stopped (`delivered.json`), writes in batches, and says in `delivered.json` how far
 it came. A point is delivered neither twice (the store keeps equal points once) nor lost (the place moves on only
 after the store took everything before it). If a resumed run cut back lines that were already delivered, the old
-MLflow run is hidden and a new one is filled from the record. A run that belongs to another one is put below it as soon
-as the store has that one. Retrying is the caller's work (`courier.py`).
+MLflow run is hidden and a new one is filled from the record, which takes over the runs below it. A run that belongs to
+another one is put below it as soon as the store has that one. Retrying is the caller's work (`courier.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -33,6 +33,7 @@ class Store(Protocol):
 
     def open_run(self, record_id: str, name: str, start_ms: int) -> str: ...
     def link(self, run_id: str, parent: str) -> bool: ...
+    def adopt(self, run_id: str, replaced: str) -> None: ...
     def has_run(self, run_id: str) -> bool: ...
     def delete_run(self, run_id: str) -> None: ...
     def refuses(self, error: Exception) -> bool: ...
@@ -50,6 +51,7 @@ class State:
     num_points: int = 0
     num_warnings: int = 0
     waits_for: str | None = None  # record id of the run that this one belongs to, until the store has it
+    replaced: list[str] = field(default_factory=list)  # earlier runs of this record that others may still lie below
     problem: str | None = None
 
 
@@ -78,7 +80,7 @@ class Delivery:
         with path.open("rb") as file:
             self._go_to_place(store, file)
             lines: list[Line] = []
-            raw_size, num_points, has_ended = 0, 0, False
+            raw_size, num_points, has_ended = 0, 0, self._has_ended
             for raw in file:
                 if not raw.endswith(b"\n"):
                     break
@@ -92,13 +94,11 @@ class Delivery:
                     lines, raw_size, num_points = [], 0, 0
             if lines:
                 self._put(store, lines, raw_size)
-        if self.state.waits_for and self.state.run_id and store.link(self.state.run_id, self.state.waits_for):
-            self.state.waits_for = None
-            self._save(problem=None)
+        self._relate(store)
         if self.state.problem:
             self._save(problem=None)
-        self._has_ended = has_ended or (self._has_ended and raw_size == 0)
-        return self._has_ended
+        self._has_ended = has_ended
+        return has_ended
 
     def mark_killed(self) -> None:
         """The writer is gone without an `end` line."""
@@ -133,12 +133,29 @@ class Delivery:
                 store.delete_run(self.state.run_id)
             self._start_over()
             file.seek(0)
+        else:  # the `end` may be delivered already, by an earlier process or before a failure
+            last = prefix[prefix.rfind(b"\n", 0, -1) + 1 :]
+            self._has_ended = bool(last) and decode_line(last)["kind"] == "end"
         self._inode = stat.st_ino
 
     def _start_over(self) -> None:
-        self.state = State(store=self.state.store)
+        gone = [self.state.run_id] if self.state.run_id else []
+        self.state = State(store=self.state.store, replaced=[*self.state.replaced, *gone])
         self._inode, self._hash, self._has_ended = None, hashlib.sha256(), False
         self._save(problem=None)
+
+    def _relate(self, store: Store) -> None:
+        """Put this run below the one that it belongs to, and below it what lay below the runs that it took the place of."""
+        run_id = self.state.run_id
+        if run_id and self.state.waits_for and store.link(run_id, self.state.waits_for):
+            self.state.waits_for = None
+            self._save(problem=None)
+        if run_id and self.state.replaced:
+            for one in self.state.replaced:
+                if one != run_id:  # it may have been hidden and brought back by hand
+                    store.adopt(run_id, one)
+            self.state.replaced = []
+            self._save(problem=None)
 
     def _put(self, store: Store, lines: list[Line], raw_size: int) -> None:
         if self.state.run_id is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import RunStopped
+from raydistill.errors import Stopped
 from raydistill.progress import say
 from raydistill.results.deliver import FINISH_S, retry_command, start_delivery
 from raydistill.results.provenance import collect
@@ -62,7 +62,7 @@ def recorded(
     try:
         yield record
         record.end("finished")
-    except (KeyboardInterrupt, asyncio.CancelledError, RunStopped):
+    except (KeyboardInterrupt, asyncio.CancelledError, Stopped):
         patience_s = STOPPED_S
         record.end("interrupted")
         raise

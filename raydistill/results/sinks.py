@@ -58,6 +58,9 @@ class Sink(ABC):
     def link(self, run_id: str, parent: str) -> bool:
         return True  # neither has runs below runs
 
+    def adopt(self, run_id: str, replaced: str) -> None:  # noqa: B027 - nor is anything to be moved
+        pass
+
     def has_run(self, run_id: str) -> bool:
         return run_id == self._run_id or run_id == self._held_to_its_end()
 

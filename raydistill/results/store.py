@@ -72,6 +72,15 @@ class ResultsStore:
             self.client.set_tag(run_id, PARENT_TAG, found)
         return found is not None
 
+    def adopt(self, run_id: str, replaced: str) -> None:
+        """Put the runs that lie below `replaced` below this one."""
+        below = f"tags.`{PARENT_TAG}` = '{replaced}'"
+        while found := self.client.search_runs(
+            [self.experiment_id], below
+        ):  # a page; those that moved are not found again
+            for run in found:
+                self.client.set_tag(run.info.run_id, PARENT_TAG, run_id)
+
     def has_run(self, run_id: str) -> bool:
         """True if the run is in this store, in this experiment and not deleted."""
         from mlflow.exceptions import MlflowException

@@ -63,7 +63,7 @@ def devices_of(config: Config) -> dict[str, float]:
     spans are those of its first rank, which stands for all."""
     rollout, trainer = config.rollout, config.trainer
     return {
-        "rollout": max(rollout.num_gpus or 1.0, float(rollout.tensor_parallel_size)),
+        "rollout": rollout.num_gpus or float(rollout.tensor_parallel_size),
         "teacher": config.teacher.num_gpus or 1.0,
         "trainer": (trainer.num_gpus or 1.0) * trainer.num_workers,
         "evaluate": config.evaluation.num_gpus or 1.0,

@@ -88,8 +88,12 @@ class Report:
 
 def reference_of(baselines: Sequence[Baseline], width: str) -> str | None:
     """The best plain quantization of a width by KL on the rows that chose the grids; None where there is none."""
-    there = [one for one in baselines if one.width == width and one.folder is not None]
-    return min(there, key=lambda one: min(one.kl_nats.values())).name if there else None
+    there = {
+        one.name: one.kl_nats[one.format]  # the chosen grid's: another one's may be NaN
+        for one in baselines
+        if one.width == width and one.format is not None
+    }
+    return min(there, key=there.__getitem__) if there else None
 
 
 def write_report(inputs: ReportInputs, console: Console) -> Report:

@@ -16,10 +16,11 @@ import pytest
 from raydistill.errors import UserError
 from raydistill.messages import EvalReport, Span
 from raydistill.report.listing import results_command
-from raydistill.results.deliver import deliver, start_delivery
+from raydistill.results.deliver import deliver, deliver_all, start_delivery
 from raydistill.results.delivery import STATE_FILE, read_state
 from raydistill.results.query import list_runs, sort_runs
 from raydistill.results.record import RunRecord
+from raydistill.results.record_lines import require_start
 from raydistill.results.store import ResultsStore, default_uri
 
 pytestmark = pytest.mark.engine
@@ -106,6 +107,26 @@ def test_a_resumed_run_shows_replayed_steps_once(tmp_path: Path) -> None:
     assert history(uri, run.id, "m") == [(s, float(s)) for s in range(4)] + [(s, 100.0 + s) for s in range(4, 8)]
 
 
+def test_a_resumed_sweep_keeps_the_trials_that_were_delivered_before(tmp_path: Path) -> None:
+    uri = default_uri(tmp_path)
+    with RunRecord(tmp_path / "sweeps" / "rates") as sweep:
+        sweep.start(name="rates", config={}, provenance={}, seed=0)
+        sweep.end("interrupted")
+        with RunRecord(tmp_path / "runs" / "rates-0") as trial:
+            parent = require_start(tmp_path / "sweeps" / "rates")["record_id"]
+            trial.start(name="rates-0", config={}, provenance={}, seed=0, parent=parent)
+            trial.end("finished")
+        assert deliver_all(tmp_path)
+        before = {run.name: run.id for run in list_runs(uri)}
+        sweep.cut_back(0)
+        sweep.end("finished")
+    assert deliver_all(tmp_path)
+    after = {run.name: run for run in list_runs(uri)}
+    assert after["rates"].id != before["rates"], "else nothing was replaced"
+    assert after["rates-0"].id == before["rates-0"]
+    assert after["rates-0"].parent == "rates"
+
+
 def test_several_first_openings_at_once_and_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = default_uri(tmp_path)
     handles = []
@@ -168,6 +189,7 @@ import os, signal, sys
 from pathlib import Path
 from raydistill.results.deliver import start_delivery
 from raydistill.results.record import RunRecord
+from raydistill.results.record_lines import require_start
 record = RunRecord(Path({str(tmp_path)!r}) / "runs" / "a")
 record.start(name="a", config={{}}, provenance={{}}, seed=0)
 handle = start_delivery(record.path.parent, {default_uri(tmp_path)!r}, "raydistill")

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from raydistill.demo.tokenizer import train_tokenizer
-from raydistill.errors import DataError, ModelError
+from raydistill.errors import DataError, ModelError, UserError
 from raydistill.evaluate.folders import Target, evaluate_folders
 from raydistill.evaluate.ptq import export_ptq
 from raydistill.quant.export import export_live, packed_bytes
@@ -73,6 +73,18 @@ def test_exact_match_is_measured_for_every_row_of_the_table(world, parrot, tmp_p
 def test_a_target_that_is_the_teacher_names_its_row(world):
     rows = evaluate_folders([Target("fp32", world.teacher)], world.teacher, world.examples[:2], world.tokenizer)
     assert [(row.name, row.role) for row in rows] == [("fp32", "teacher")]
+
+
+def test_a_target_that_is_called_as_the_teachers_row_is_refused(world):
+    """Worlds call their teacher's folder so."""
+    of_another_world = Target("teacher", world.other)
+    with pytest.raises(UserError, match=r"other is called 'teacher', .* name it apart, as in first=.*other"):
+        evaluate_folders([of_another_world], world.teacher, world.examples[:2], world.tokenizer)
+    named = [of_another_world, Target("mine", world.teacher)]
+    rows = evaluate_folders(named, world.teacher, world.examples[:2], world.tokenizer)
+    assert [(row.name, row.role) for row in rows] == [("mine", "teacher"), ("teacher", "control")]
+    alone = evaluate_folders([of_another_world], None, world.examples[:2], world.tokenizer)
+    assert [row.name for row in alone] == ["teacher"]
 
 
 def test_another_tokenizer_is_refused(world, tmp_path):

@@ -7,11 +7,14 @@ import pytest
 from finished_models import write_lora, write_run
 
 from raydistill.cli import main_with_errors
+from raydistill.data.rows import Message, Row
 from raydistill.errors import UserError
 from raydistill.evaluate.arguments import parser
+from raydistill.evaluate.classify import Classification
 from raydistill.evaluate.command import evaluate_command
 from raydistill.evaluate.plan import make_plan
 from raydistill.evaluate.recording import metrics_of
+from raydistill.evaluate.rows import file_section
 from raydistill.evaluate.task_names import _names_in, bundled_names, names_under
 from raydistill.results.query import higher_is_better
 from raydistill.results.tables import SHARES, Measure, SummaryRow
@@ -76,7 +79,7 @@ def test_each_mistake_is_one_clear_line(capsys, world, text, tmp_path):
         "is no file; give a text file": [*model, "--text", tmp_path / "none.txt"],
         "two --text files are called wiki.txt": [*model, "--text", text, "--text", text],
         "empty.txt holds no text": [*model, "--text", empty],
-        "--window 1024 is longer than the 256 positions": [*model, "--text", text],
+        "--window 1024 does not fit the 256 positions": [*model, "--text", text],
         "--max-length 300 does not fit the 256 positions": [*model, "--tasks", "arc_easy", "--max-length", "300"],
         "--per-row": [*model, "--text", text, "--per-row", tmp_path],
         "--rows chooses among rows, and there are none": [*model, "--text", text, "--rows", "3"],
@@ -90,6 +93,47 @@ def test_each_mistake_is_one_clear_line(capsys, world, text, tmp_path):
         errors = [line for line in err.splitlines() if line.startswith("error:")]
         assert (code, out, len(errors)) == (2, "", 1), (message, err)
         assert message in errors[0], (message, errors)
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr("raydistill.evaluate.folders.evaluate_folders", lambda *_, **__: [])
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize("blocks", [[], ["--blocks"]])
+@pytest.mark.parametrize(("engine", "longest"), [("hf", 256), ("vllm", 255)])
+def test_windows_leave_room_for_the_token_that_vllm_adds(capsys, world, text, engine, longest, blocks):
+    model = [world.other, "--text", text, "--engine", engine, *blocks, "--json", "--window"]
+    assert run(capsys, *model, longest)[0] == 0
+    code, _, err = run(capsys, *model, longest + 1)
+    assert code == 2
+    assert f"--window {longest + 1} does not fit the 256 positions that all of these models know" in err
+    assert f"lower it to {longest} or less" in err
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize(("engine", "longest"), [("hf", 256), ("vllm", 255)])
+def test_labels_leave_room_for_the_token_that_vllm_adds(capsys, world, tmp_path, engine, longest):
+    def classify(num_tokens):
+        rows = [(words(num_tokens), "yes"), ("1", "no")]
+        data = tmp_path / "labels.jsonl"
+        data.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in rows))
+        return run(capsys, world.other, "--data", data, "--classify", "--engine", engine, "--json")
+
+    def words(num_tokens):
+        """A prompt that has so many tokens with the longer label."""
+        return next(text for n in range(400) if size(text := "1" * n) == num_tokens)
+
+    def size(text):
+        rows = [Row(str(n), (Message("user", text), Message("assistant", ("yes", "no")[n]))) for n in range(2)]
+        return Classification(rows, world.tokenizer, file_section(256), [world.tokenizer.eos_token_id]).max_tokens
+
+    assert classify(longest)[0] == 0
+    code, _, err = classify(longest + 1)
+    assert code == 2
+    assert f"--classify: a row with a label has {longest + 1} tokens, which do not fit the 256 positions" in err
+    assert f"leave out rows that have more than {longest} with any of the labels" in err
 
 
 def test_text_labels_and_adapters_come_out_of_the_command(capsys, world, text, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from recorded_pages import HOSTILE, summary_rows, write_run
 
 from raydistill.errors import UserError
+from raydistill.evaluate.paired import PairedDifference
 from raydistill.report import run_page
 from raydistill.report.listing import results_command
 from raydistill.report.page import Picture, cell, plain, table_of
@@ -18,7 +19,8 @@ from raydistill.report.run_page import comparison_of
 from raydistill.report.run_view import RunView, view_of
 from raydistill.report.summary import ending, format_seconds, sentences, what_was_done
 from raydistill.results.record import RunRecord, read_record
-from raydistill.results.tables import comparison_json, with_error
+from raydistill.results.tables import with_error
+from raydistill.study.decision import Line
 
 
 @pytest.fixture(autouse=True)
@@ -109,13 +111,28 @@ def test_an_arm_of_a_study_is_measured_by_the_table_recorded_beside_it(tmp_path:
     assert comparison_of(student) is None
     with RunRecord(tmp_path / "20260101-000000-comparison") as record:
         record.start(name="x", config={}, provenance={}, seed=0)
-        record.table("comparison", comparison_json(summary_rows()))
+        record.table("comparison", [line.to_json() for line in study_lines()])
     found = comparison_of(student)
     assert found is not None
-    assert (len(found.rows), found.is_about_this_run) == (4, True)
+    assert found.rows == summary_rows(), "what is not there has no row"
+    assert found.is_about_this_run
     control = comparison_of(view(write_run(tmp_path / "20260101-000000-gold-ce", comparison=False)))
     assert control is not None
     assert not control.is_about_this_run
+    page = run_page.run_page(student)
+    assert "Worth shipping: student beats the best PTQ of the same size (ptq-int2)" in page
+    assert 'id="comparison"' in page
+    assert 'id="comparison"' in run_page.run_page(view(tmp_path / "20260101-000000-comparison"))
+
+
+def study_lines() -> list[Line]:
+    """As a study records them."""
+    test = PairedDifference(difference=-0.1, se=0.01, p_value=0.001)
+    lines = [
+        Line(name=row.name, role=row.role, row=row, tests={"kl_nats": test}, device_seconds={"trainer": 3.0})
+        for row in summary_rows()
+    ]
+    return [*lines, Line(name="awq-int2", role="ptq", row=None, reason="2 bits are not supported")]
 
 
 def test_a_run_that_failed_says_why_and_a_resumed_one_goes_on(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class FakeStore:
         self.deleted: list[str] = []
         self.fail_before: list[Exception] = []
         self.fail_after: list[Exception] = []
+        self.fail_adopting: list[Exception] = []
         self.refused_metric: str | None = None
         self.num_openings = 0
 
@@ -48,9 +49,16 @@ class FakeStore:
         return run_id
 
     def link(self, run_id: str, parent: str) -> bool:
-        found = [one for one, run in self.runs.items() if run["record_id"] == parent]
+        found = [one for one, run in self.runs.items() if run["record_id"] == parent and self.has_run(one)]
         self.runs[run_id]["parent"] = found[0] if found else None
         return bool(found)
+
+    def adopt(self, run_id: str, replaced: str) -> None:
+        if self.fail_adopting:
+            raise self.fail_adopting.pop(0)
+        for run in self.runs.values():
+            if run.get("parent") == replaced:
+                run["parent"] = run_id
 
     def has_run(self, run_id: str) -> bool:
         return run_id in self.runs and run_id not in self.deleted

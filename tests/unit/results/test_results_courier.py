@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from raydistill.results.record import RunRecord
 from raydistill.results.record_lines import start_of
 from raydistill.results.run_folders import LOCK, is_at_work, record_folders, run_folders
 from raydistill.results.sinks import SINKS, Sink, check_results
-from raydistill.results.store import default_uri
+from raydistill.results.store import PARENT_TAG, ResultsStore, default_uri
 from raydistill.results.translate import Parcel
 
 
@@ -174,6 +175,64 @@ def test_a_child_whose_parent_comes_later_is_delivered_at_once_and_linked_then(t
     assert names(store) == ["trial", "sweep"]
     assert store.runs["run0"]["parent"] == "run1"
     assert read_state(tmp_path / "trial").waits_for is None
+
+
+def sweep_with_a_trial(output: Path, store: FakeStore) -> RunRecord:
+    """A sweep that was delivered (run0) with its only trial (run1), and was then cut back, as its resume does."""
+    with started(output / "sweep") as sweep:
+        sweep.table("trials", [])
+        sweep.end("interrupted")
+    finished(output / "trial", parent=record_id(output / "sweep"))
+    assert deliver_all(output, "fake://", open_store=lambda _: store)
+    assert store.runs["run1"]["parent"] == "run0"
+    sweep = RunRecord(output / "sweep")
+    sweep.cut_back(0)
+    return sweep
+
+
+def test_a_resumed_sweep_keeps_the_trials_that_were_delivered_before(tmp_path: Path) -> None:
+    store = FakeStore()
+    sweep_with_a_trial(tmp_path, store).end("finished")
+    assert deliver_all(tmp_path, "fake://", open_store=lambda _: store)
+    assert store.deleted == ["run0"]
+    assert store.runs["run1"]["parent"] == "run2"
+    assert store.runs["run2"]["name"] == "sweep"
+    assert read_state(tmp_path / "sweep").replaced == []
+
+
+def test_trials_find_their_resumed_sweep_also_if_the_store_went_down_meanwhile(tmp_path: Path) -> None:
+    store = FakeStore()
+    sweep = sweep_with_a_trial(tmp_path, store)
+    down = [StoreDownError("down")] * 1000
+    store.fail_before = down.copy()
+    assert not deliver(tmp_path / "sweep", "fake://", "raydistill", open_store=lambda: store, give_up_s=0.05)
+    assert store.deleted == ["run0"]
+    sweep.table("trials", [])
+    store.fail_before, store.fail_adopting = [], down.copy()
+    assert not deliver(tmp_path / "sweep", "fake://", "raydistill", open_store=lambda: store, give_up_s=0.05)
+    sweep.cut_back(0)  # once more, before anybody could be told
+    store.fail_adopting = []
+    assert deliver(tmp_path / "sweep", "fake://", "raydistill", open_store=lambda: store)
+    assert store.deleted == ["run0", "run2"]
+    assert store.runs["run1"]["parent"] == "run3"
+
+
+def test_the_store_moves_runs_to_another_parent_page_by_page() -> None:
+    parents = {f"trial{n}": "old" for n in range(5)} | {"other": "else"}
+
+    class Client:
+        def search_runs(self, experiments: list[str], text: str) -> list[Any]:
+            below = [one for one, parent in parents.items() if text == f"tags.`{PARENT_TAG}` = '{parent}'"]
+            return [SimpleNamespace(info=SimpleNamespace(run_id=one)) for one in below[:2]]
+
+        def set_tag(self, run_id: str, key: str, value: str) -> None:
+            assert key == PARENT_TAG
+            parents[run_id] = value
+
+    store: Any = ResultsStore.__new__(ResultsStore)
+    store.client, store.experiment_id = Client(), "0"
+    store.adopt("new", "old")
+    assert parents == {f"trial{n}": "new" for n in range(5)} | {"other": "else"}
 
 
 def test_one_run_that_cannot_be_delivered_holds_up_no_other(tmp_path: Path) -> None:

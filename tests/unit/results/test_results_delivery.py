@@ -96,6 +96,46 @@ def test_a_store_that_stays_down_leaves_the_record_and_says_why(
     assert read_state(tmp_path).problem is None
 
 
+def test_a_run_that_had_ended_when_it_was_delivered_stays_as_it_ended(tmp_path: Path, store: FakeStore) -> None:
+    """As a resumed sweep's process finds its finished trials, whose writer is gone."""
+    started(tmp_path).end("finished")
+    assert deliver_to(store, tmp_path, follow=True)
+    writer_gone = threading.Event()
+    writer_gone.set()
+    assert deliver_to(store, tmp_path, follow=True, writer_gone=writer_gone)
+    assert store.runs["run0"]["status"] == "FINISHED"
+    assert Delivery(tmp_path, read_state(tmp_path).store, store.open).advance(), "else following it never ends"
+
+
+def test_an_end_that_the_store_took_before_it_failed_is_still_the_end(tmp_path: Path, store: FakeStore) -> None:
+    record = RunRecord(tmp_path)
+    record.start(name="n", config={}, provenance={}, seed=0, parent="of-nobody")
+    record.end("finished")
+    links: list[Exception] = [StoreDownError("down")]
+    original = store.link
+
+    def link(run_id: str, parent: str) -> bool:
+        if links:
+            raise links.pop()
+        return original(run_id, parent)
+
+    store.link = link  # type: ignore[method-assign]
+    delivery = Delivery(tmp_path, "d", store.open)
+    with pytest.raises(StoreDownError):
+        delivery.advance()
+    delivery.failed(StoreDownError("down"))
+    assert delivery.advance()
+
+
+def test_lines_after_an_end_open_the_run_again(tmp_path: Path, store: FakeStore) -> None:
+    record = started(tmp_path, num_steps=1)
+    record.end("finished")
+    delivery = Delivery(tmp_path, "d", store.open)
+    assert delivery.advance()
+    record.step(1, {f"m{i}": 1.0 for i in range(1000)})  # a whole batch: no line is left for the last one
+    assert not delivery.advance()
+
+
 def test_a_lost_state_file_delivers_nothing_twice(tmp_path: Path, store: FakeStore) -> None:
     started(tmp_path)
     deliver_to(store, tmp_path)

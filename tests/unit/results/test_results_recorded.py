@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from raydistill.config import Config
-from raydistill.errors import RunError, RunStopped
+from raydistill.errors import RunError, RunStopped, SweepStopped
 from raydistill.results import recorded as recorded_module
 from raydistill.results.deliver import FINISH_S
 from raydistill.results.record_lines import read_record, start_of
@@ -55,6 +55,7 @@ def test_other_settings_of_a_resume_are_those_of_the_record(tmp_path: Path, deli
         (RunError("no room"), lambda s: s, FINISH_S, "failed"),
         (RunStopped(3), lambda s: s, STOPPED_S, "interrupted"),
         (RunStopped(3), lambda s: min(s, 0.5), 0.5, "interrupted"),
+        (SweepStopped("stopped with 2 of 4 trials to go"), lambda s: s, STOPPED_S, "interrupted"),
         (asyncio.CancelledError(), lambda s: s, STOPPED_S, "interrupted"),
         (KeyboardInterrupt(), lambda s: s, STOPPED_S, "interrupted"),
     ],

@@ -52,6 +52,21 @@ def test_all_arms_train_on_the_same_rows_if_one_of_them_samples():
     assert shared_config(CONFIG, ["off-policy", "gold-ce"]).data.min_prompt_room == 4
 
 
+@pytest.mark.parametrize(
+    ("rollout", "devices"),
+    [
+        ({}, 1.0),
+        ({"num_gpus": 0.5}, 0.5),
+        ({"num_gpus": 1}, 1.0),
+        ({"num_gpus": 2, "tensor_parallel_size": 2}, 2.0),
+        ({"tensor_parallel_size": 2}, 2.0),
+    ],
+)
+def test_a_rollout_actor_costs_the_gpus_that_it_holds_or_its_processes(rollout, devices):
+    section = CONFIG.rollout.model_copy(update=rollout)
+    assert devices_of(CONFIG.model_copy(update={"rollout": section}))["rollout"] == devices
+
+
 def test_a_run_has_its_studys_name_and_its_own_seed(tmp_path):
     names = run_names("20260101-000000", "mixed", 3)
     assert names == [f"20260101-000000-mixed-seed{seed}" for seed in range(3)]

@@ -1,5 +1,6 @@
 """A report of a study whose runs and scores are made up: two PTQ widths, one method that cannot do one of them."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,13 @@ def test_the_reference_is_chosen_on_held_out_rows_at_the_students_width():
     assert reference_of(BASELINES, "int4") == "rtn-int4"
     assert reference_of(BASELINES, "int2") == "rtn-int2"
     assert reference_of(BASELINES[3:], "int2") is None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_grid_without_finite_numbers_does_not_choose_the_reference(order):
+    nan_first = {"int2-g32-sym-absmax": math.nan, "int2-g32-asym-absmax": 0.5}
+    worse = Baseline(method="gptq", width="int2", folder="d", format="int2-g32-asym-absmax", kl_nats=nan_first)
+    assert reference_of([BASELINES[1], worse][::order], "int2") == "rtn-int2"
 
 
 def test_every_model_has_a_line_in_order_and_what_is_not_there_has_its_reason(inputs):
