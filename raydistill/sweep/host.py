@@ -12,7 +12,7 @@ import resource
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -20,8 +20,12 @@ from raydistill.messages import EvalReport
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import SHARES
 
+if TYPE_CHECKING:
+    from raydistill.launch import RunSummary
+
 STOP_TIMEOUT_S = 60.0
 CONSOLE_WIDTH = 160
+Reports = asyncio.Queue[dict[str, float] | None]
 
 
 class SweepHost:
@@ -37,7 +41,7 @@ class SweepHost:
         self._life = uuid.uuid4().hex[:8]
         self._pools = SharedPools(POOL_MAKERS, sweep.file.parallel)
         self._datasets: dict[str, Any] = {}
-        self._reports: dict[str, asyncio.Queue[dict[str, float] | None]] = {}
+        self._reports: dict[str, Reports] = {}
         self._running: dict[str, tuple[Any, asyncio.Task[Any]]] = {}
 
     async def ready(self) -> int:
@@ -49,21 +53,27 @@ class SweepHost:
 
         Returns its summary as plain JSON types, with what was shared so far (`shares`).
         """
+        reports = self._reports[name] = asyncio.Queue()
+        try:  # whatever happens, whoever asks for reports is to hear that there are no more
+            await self.stop(name)  # of an earlier process of this trial
+            summary = await self._run(name, point, reports)
+        finally:
+            reports.put_nowait(None)
+        return {**summary.to_json(), SHARES: await self.shares()}
+
+    async def _run(self, name: str, point: Mapping[str, Any], reports: Reports) -> RunSummary:
         from raydistill.launch import Launch, RunSummary, Within
         from raydistill.recovery.bring import bring_record
         from raydistill.recovery.resume import run_storage
 
-        await self.stop(name)  # of an earlier process of this trial
         config = self._sweep.config_of(point, name)
-        reports = self._reports[name] = asyncio.Queue()
         folder = (config.run.output / "runs" / name).absolute()
         storage = run_storage(config, folder)
         if storage is not None:
             await asyncio.to_thread(bring_record, folder, storage)
         finished = RunSummary.of_finished(folder)
         if finished is not None:  # it ended just before whoever asked for it did
-            reports.put_nowait(None)
-            return {**finished.to_json(), SHARES: await self.shares()}
+            return finished
 
         def tell(report: EvalReport) -> None:
             reports.put_nowait({"version": float(report.version), **report.metrics})
@@ -73,17 +83,15 @@ class SweepHost:
         with (logs / f"{name}.log").open("a") as log:
             console = Console(file=log, width=CONSOLE_WIDTH, highlight=False, markup=False)
             within = Within(datasets=self._datasets, parent=self._record_id)
-            pools = self._pools.lease(name, config)
-            launch = Launch(config, pools, console, within=within, on_evaluation=tell)
-            task = asyncio.ensure_future(launch.run())
-            self._running[name] = (launch, task)
             try:
-                summary = await task
+                pools = self._pools.lease(name, config)
+                launch = Launch(config, pools, console, within=within, on_evaluation=tell)
+                task = asyncio.ensure_future(launch.run())
+                self._running[name] = (launch, task)
+                return await task
             finally:
                 self._running.pop(name, None)
                 self._pools.release(name)
-                reports.put_nowait(None)
-        return {**summary.to_json(), SHARES: await self.shares()}
 
     async def next_report(self, name: str) -> dict[str, float] | None:
         """Wait for a trial's next evaluation; None: there are no more."""
