@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.messages import EvalReport
+from raydistill.sweep.identity import check_run
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import SHARES
 
@@ -71,6 +72,7 @@ class SweepHost:
         storage = run_storage(config, folder)
         if storage is not None:
             await asyncio.to_thread(bring_record, folder, storage)
+        check_run(folder, self._record_id)
         finished = RunSummary.of_finished(folder)
         if finished is not None:  # it ended just before whoever asked for it did
             return finished

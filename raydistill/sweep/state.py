@@ -106,6 +106,18 @@ class SweepState:
         return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
 
 
+def run_name(sweep_name: str, number: int | str) -> str:
+    """Of a trial's run: the number of its point, or the name that a searcher gave it."""
+    return f"{sweep_name}-{number:03d}" if isinstance(number, int) else f"{sweep_name}-{number}"
+
+
+def named_runs(sweep: Sweep) -> list[Path]:
+    """The run folders of all trials that have a name: those whose points are known beforehand, and those that have begun."""
+    planned = [run_name(sweep.name, number) for number in range(len(sweep.points or ()))]
+    begun = [str(trial["run"]) for trial in trials_of(sweep.folder)]
+    return [sweep.folder.parent.parent / "runs" / name for name in dict.fromkeys([*planned, *begun])]
+
+
 def trials_of(folder: Path) -> list[dict[str, Any]]:
     """The trials of a sweep's file; none where it was stopped before its first."""
     try:

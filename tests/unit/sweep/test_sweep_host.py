@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from raydistill.errors import ConfigError
-from raydistill.launch import RunSummary
+from raydistill.errors import ConfigError, UserError
+from raydistill.launch import SUMMARY_TABLE, RunSummary
+from raydistill.results.record import RunRecord
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.shared import SharedPools
 from raydistill.sweep.spec import load_sweep
@@ -17,6 +18,7 @@ OPTUNA = 'sampler = "optuna"\nnum_samples = 4\n'
 QUANT = (
     '[settings]\n"quant.scale" = "absmax"\n[space]\n"quant.format" = ["int4", "nf4"]\n"quant.symmetric" = [true, false]'
 )
+RATE, POINT = '[space]\n"trainer.learning_rate" = [1e-3]', {"trainer.learning_rate": 1e-3}
 DO_NOT_FIT = {"quant.format": "nf4", "quant.symmetric": False}
 PATIENCE_S = 20.0
 
@@ -106,12 +108,12 @@ def test_a_trial_whose_values_do_not_fit_together_fails_and_whoever_waits_for_it
 
 
 def test_a_trial_that_fails_before_it_begins_holds_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host, _ = host_of(tmp_path, '[space]\n"trainer.learning_rate" = [1e-3]', monkeypatch)
+    host, _ = host_of(tmp_path, RATE, monkeypatch)
     host._sweep.folder.mkdir(parents=True)
     (host._sweep.folder / "logs").write_text("no folder")
 
     async def trial() -> None:
-        running = asyncio.ensure_future(host.run("lr-000", {"trainer.learning_rate": 1e-3}))
+        running = asyncio.ensure_future(host.run("lr-000", POINT))
         assert await asyncio.wait_for(host.next_report("lr-000"), PATIENCE_S) is None
         with pytest.raises(FileExistsError):
             await running
@@ -121,11 +123,11 @@ def test_a_trial_that_fails_before_it_begins_holds_no_pool(tmp_path: Path, monke
 
 
 def test_a_trial_that_ends_answers_with_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host, runs = host_of(tmp_path, '[space]\n"trainer.learning_rate" = [1e-3]', monkeypatch)
+    host, runs = host_of(tmp_path, RATE, monkeypatch)
 
     async def trial() -> dict[str, Any]:
         runs.go.set()
-        running = asyncio.ensure_future(host.run("lr-000", {"trainer.learning_rate": 1e-3}))
+        running = asyncio.ensure_future(host.run("lr-000", POINT))
         assert await asyncio.wait_for(host.next_report("lr-000"), PATIENCE_S) is None
         ended: dict[str, Any] = await running
         return ended
@@ -133,3 +135,21 @@ def test_a_trial_that_ends_answers_with_its_summary(tmp_path: Path, monkeypatch:
     ended = asyncio.run(trial())
     assert ended["metrics"] == {"evaluate/kl_nats": 0.1}
     assert ended["shares"]["datasets"] == 0
+
+
+@pytest.mark.parametrize(("parent", "is_adopted"), [(RECORD_ID, True), ("of-another", False), (None, False)])
+def test_a_finished_run_is_taken_over_if_it_belongs_to_this_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parent: str | None, is_adopted: bool
+) -> None:
+    host, runs = host_of(tmp_path, RATE, monkeypatch)
+    with RunRecord(tmp_path / "out" / "runs" / "lr-000") as record:
+        record.start(name="lr-000", config={}, provenance={}, seed=0, parent=parent)
+        record.table(SUMMARY_TABLE, [summary("lr-000").to_json()])
+        record.end("finished")
+    if is_adopted:
+        ended = asyncio.run(host.run("lr-000", POINT))
+        assert ended["metrics"] == {"evaluate/kl_nats": 0.1}
+    else:
+        with pytest.raises(UserError, match=r"lr-000 is a run of the same name that does not belong .*--resume never"):
+            asyncio.run(host.run("lr-000", POINT))
+    assert runs.names == []

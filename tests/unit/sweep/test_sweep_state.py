@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raydistill.errors import RunError
-from raydistill.sweep.state import SweepState, read_state
+from raydistill.sweep.state import SweepState, read_state, run_name
 
 HEAD = {
     "name": "lr",
@@ -65,7 +65,7 @@ def test_a_file_is_whole_or_the_one_before(tmp_path: Path) -> None:
 
 
 def test_a_trials_run_has_the_number_of_its_point_or_the_name_that_a_searcher_gave_it() -> None:
-    from raydistill.sweep.tuner import point_of, run_name, run_of
+    from raydistill.sweep.tuner import point_of, run_of
 
     assert run_name("lr", 7) == "lr-007"
     parameters = {"point": {"run": "lr-007", "point": {"trainer.learning_rate": 1e-3}}}
