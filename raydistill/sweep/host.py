@@ -12,17 +12,18 @@ import resource
 import time
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from raydistill.config import Config
 from raydistill.messages import EvalReport
 from raydistill.sweep.identity import check_run
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import SHARES
 
 if TYPE_CHECKING:
-    from raydistill.launch import RunSummary
+    from raydistill.launch import Launch, RunSummary
 
 STOP_TIMEOUT_S = 60.0
 CONSOLE_WIDTH = 160
@@ -43,7 +44,9 @@ class SweepHost:
         self._pools = SharedPools(POOL_MAKERS, sweep.file.parallel)
         self._datasets: dict[str, Any] = {}
         self._reports: dict[str, Reports] = {}
-        self._running: dict[str, tuple[Any, asyncio.Task[Any]]] = {}
+        self._room = asyncio.Semaphore(sweep.file.parallel)
+        self._running: dict[str, asyncio.Task[RunSummary]] = {}  # also those that wait for room
+        self._launches: dict[str, Launch] = {}
 
     async def ready(self) -> int:
         """The process id, once the slow imports are done."""
@@ -57,43 +60,52 @@ class SweepHost:
         reports = self._reports[name] = asyncio.Queue()
         try:  # whatever happens, whoever asks for reports is to hear that there are no more
             await self.stop(name)  # of an earlier process of this trial
-            summary = await self._run(name, point, reports)
+            task = self._running[name] = asyncio.ensure_future(self._run(name, point, reports))
+            summary = await task
         finally:
             reports.put_nowait(None)
         return {**summary.to_json(), SHARES: await self.shares()}
 
     async def _run(self, name: str, point: Mapping[str, Any], reports: Reports) -> RunSummary:
-        from raydistill.launch import Launch, RunSummary, Within
+        from raydistill.launch import RunSummary
         from raydistill.recovery.bring import bring_record
         from raydistill.recovery.resume import run_storage
 
-        config = self._sweep.config_of(point, name)
-        folder = (config.run.output / "runs" / name).absolute()
-        storage = run_storage(config, folder)
-        if storage is not None:
-            await asyncio.to_thread(bring_record, folder, storage)
-        check_run(folder, self._record_id)
-        finished = RunSummary.of_finished(folder)
-        if finished is not None:  # it ended just before whoever asked for it did
-            return finished
+        try:
+            config = self._sweep.config_of(point, name)
+            folder = (config.run.output / "runs" / name).absolute()
+            storage = run_storage(config, folder)
+            if storage is not None:
+                await asyncio.to_thread(bring_record, folder, storage)
+            check_run(folder, self._record_id)
+            finished = RunSummary.of_finished(folder)
+            if finished is not None:  # it ended just before whoever asked for it did
+                return finished
+            logs = self._sweep.folder / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            # Ray Tune starts the next trial as soon as it has told one to stop, which holds its pools and ranks meanwhile.
+            async with self._room:
+                with (logs / f"{name}.log").open("a") as log:
+                    return await self._launch(name, config, log, reports)
+        finally:
+            self._running.pop(name, None)
+
+    async def _launch(self, name: str, config: Config, log: IO[str], reports: Reports) -> RunSummary:
+        from raydistill.launch import Launch, Within
 
         def tell(report: EvalReport) -> None:
             reports.put_nowait({"version": float(report.version), **report.metrics})
 
-        logs = self._sweep.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"{name}.log").open("a") as log:
-            console = Console(file=log, width=CONSOLE_WIDTH, highlight=False, markup=False)
-            within = Within(datasets=self._datasets, parent=self._record_id)
-            try:
-                pools = self._pools.lease(name, config)
-                launch = Launch(config, pools, console, within=within, on_evaluation=tell)
-                task = asyncio.ensure_future(launch.run())
-                self._running[name] = (launch, task)
-                return await task
-            finally:
-                self._running.pop(name, None)
-                self._pools.release(name)
+        console = Console(file=log, width=CONSOLE_WIDTH, highlight=False, markup=False)
+        within = Within(datasets=self._datasets, parent=self._record_id)
+        try:
+            pools = self._pools.lease(name, config)
+            launch = Launch(config, pools, console, within=within, on_evaluation=tell)
+            self._launches[name] = launch
+            return await launch.run()
+        finally:
+            self._launches.pop(name, None)
+            self._pools.release(name)
 
     async def next_report(self, name: str) -> dict[str, float] | None:
         """Wait for a trial's next evaluation; None: there are no more."""
@@ -105,10 +117,11 @@ class SweepHost:
         """Let a trial write a checkpoint and leave; harmless where it does not run."""
         if name not in self._running:
             return
-        launch, task = self._running[name]
+        task, launch = self._running[name], self._launches.get(name)
         try:
-            await launch.stop()
-            await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
+            if launch is not None:  # else it waits for room
+                await launch.stop()
+                await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
         finally:
             task.cancel()
             await asyncio.wait({task})

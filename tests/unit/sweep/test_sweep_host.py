@@ -1,6 +1,7 @@
 """What the process that drives all trials does for each, with runs that only pretend."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,47 @@ def test_a_finished_run_is_taken_over_if_it_belongs_to_this_sweep(
         with pytest.raises(UserError, match=r"lr-000 is a run of the same name that does not belong .*--resume never"):
             asyncio.run(host.run("lr-000", POINT))
     assert runs.names == []
+
+
+def test_a_trial_begins_when_the_stopped_one_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ASHA: Ray Tune asks for the next trial at once, and nobody waits for `stop`."""
+    host, runs = host_of(tmp_path, RATE, monkeypatch)
+
+    async def trials() -> None:
+        first = asyncio.ensure_future(host.run("lr-000", POINT))
+        await until(lambda: runs.at_work == ["lr-000"])
+        stopping = asyncio.ensure_future(host.stop("lr-000"))
+        second = asyncio.ensure_future(host.run("lr-001", POINT))
+        await until(lambda: runs.at_work == ["lr-001"])
+        runs.go.set()
+        await asyncio.gather(first, stopping, second)
+
+    asyncio.run(trials())
+    assert (runs.names, runs.most) == (["lr-000", "lr-001"], 1)
+
+
+def test_a_trial_that_is_stopped_while_it_waits_for_room_never_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, runs = host_of(tmp_path, RATE, monkeypatch)
+
+    async def trials() -> None:
+        first = asyncio.ensure_future(host.run("lr-000", POINT))
+        await until(lambda: runs.at_work == ["lr-000"])
+        second = asyncio.ensure_future(host.run("lr-001", POINT))
+        await until(lambda: "lr-001" in host._running)
+        await asyncio.wait_for(host.stop("lr-001"), PATIENCE_S)
+        assert await asyncio.wait_for(host.next_report("lr-001"), PATIENCE_S) is None
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        runs.go.set()
+        await first
+
+    asyncio.run(trials())
+    assert (runs.names, host._running) == (["lr-000"], {})
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not is_so():
+            await asyncio.sleep(0.01)
