@@ -112,6 +112,15 @@ class Sweep:
         return (self.file.num_samples or 0) * max(1, len(self.file.seeds))
 
     @property
+    def note(self) -> str | None:
+        """What to say before it starts."""
+        asked, repeats = self.file.num_samples or 0, max(1, len(self.file.seeds))
+        if self.points is None or len(self.points) >= asked * repeats:
+            return None
+        found = len(self.points) // repeats
+        return f"num_samples={asked}, and the space has only {found} different points: each is tried once"
+
+    @property
     def fields(self) -> list[str]:
         """The dotted fields that vary, seeds last."""
         return [*self.varying, *(["run.seed"] if self.file.seeds else [])]

@@ -46,6 +46,47 @@ def test_trials_that_differ_in_their_seed_are_one_point_and_the_best_comes_first
     assert points[-1].errors == [f"loss is NaN {HOSTILE}"]
 
 
+def test_the_same_run_again_is_no_other_seed(tmp_path: Path) -> None:
+    trials = [trial(k, 0.2, trainer__learning_rate=1.0) for k in range(3)]
+    (point,) = points_of(write_sweep(tmp_path, trials, fields=["trainer.learning_rate"]))
+    assert point.estimate == Estimate(mean=0.2, se=None, n=1)
+    seeds = [trial(k, value, trainer__learning_rate=1.0, run__seed=seed) for k, (seed, value) in enumerate(
+        ((0, 0.2), (0, 0.2), (1, 0.4), (2, None)))]  # fmt: skip
+    (point,) = points_of(write_sweep(tmp_path, seeds, fields=["trainer.learning_rate", "run.seed"]))
+    assert (point.estimate.n, point.estimate.mean, point.num_seeds) == (2, pytest.approx(0.3), 3)
+    assert "2 of 3" in table_markdown(read_sweep(tmp_path), [point])
+
+
+@pytest.mark.parametrize(
+    ("second", "is_clear"),
+    [
+        ((0.20, 0.21), False),  # 2.5 standard errors: of two seeds each that is nothing rare
+        ((0.30, 0.31), True),
+    ],
+)
+def test_two_seeds_show_a_difference_only_where_it_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: tuple[float, float], is_clear: bool
+) -> None:
+    monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
+    values = {1.0: (0.15, 0.18), 2.0: second}
+    trials = [
+        trial(k, values[rate][seed], trainer__learning_rate=rate, run__seed=seed)
+        for k, (rate, seed) in enumerate((rate, seed) for rate in values for seed in (0, 1))
+    ]
+    page = sweep_page.sweep_page(write_sweep(tmp_path, trials, fields=["trainer.learning_rate", "run.seed"]))
+    assert ("It is clearly better than the next one" in page) is is_clear
+    assert ("It is not shown to be better than the next one" in page) is not is_clear
+
+
+def test_the_margin_of_a_difference_is_welchs() -> None:
+    from scipy.stats import ttest_ind
+
+    first, other = [0.1, 0.14, 0.12], [0.3, 0.38]
+    interval = ttest_ind(first, other, equal_var=False).confidence_interval(0.95)
+    estimates = [Estimate.of(values) for values in (first, other)]
+    assert sweep_page._margin(*estimates) == pytest.approx((interval.high - interval.low) / 2)
+
+
 def test_the_order_is_finished_stopped_running_pending_failed_whatever_their_metrics(tmp_path: Path) -> None:
     trials = [
         trial(1, None, "failed", "x", trainer__learning_rate=1.0),

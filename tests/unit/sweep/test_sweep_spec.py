@@ -139,6 +139,15 @@ def test_a_mistake_is_found_before_anything_starts(tmp_path: Path, text: str, co
     assert str(tmp_path / "lr.toml") in str(caught.value)
 
 
+def test_a_space_that_has_fewer_points_than_asked_for_is_told(tmp_path: Path) -> None:
+    text = 'sampler = "random"\nseeds = [0, 1]\n[space]\n"objective.beta" = [0.0, 0.5, 1.0]'
+    fewer = sweep(tmp_path, text, num_samples=5)
+    assert fewer.num_trials == 6
+    assert fewer.note == "num_samples=5, and the space has only 3 different points: each is tried once"
+    assert sweep(tmp_path, text, num_samples=3).note is None
+    assert sweep(tmp_path, '[space]\n"objective.beta" = [0.0, 1.0]').note is None
+
+
 def test_a_metric_that_trials_have_is_taken(tmp_path: Path) -> None:
     space = '[space]\n"trainer.learning_rate" = [1e-3]'
     assert sweep(tmp_path, f'metric = "evaluate/perplexity"\n{NO_TEACHER}{space}').num_trials == 1
