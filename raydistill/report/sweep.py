@@ -44,7 +44,14 @@ class Sweep(BaseModel):
     mode: Literal["min", "max"]
     fields: list[str]
     log_fields: list[str] = []
+    num_trials: int | None = None  # of the whole sweep; None: written before it was
+    paused: bool = False  # whoever ran it has left
     trials: list[Trial]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that have not begun."""
+        return max(0, (self.num_trials or 0) - len(self.trials))
 
     @property
     def varied(self) -> list[str]:

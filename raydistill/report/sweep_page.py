@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from raydistill.report.sweep import SEED, Estimate, Point, Sweep, ranked, read_s
 from raydistill.report.sweep_plots import field_of_curve, plot_importance, plot_over_field, plot_parallel, short_names
 from raydistill.report.verdict import ALPHA
 from raydistill.results.record_lines import start_of
+from raydistill.results.run_folders import is_at_work
 
 IMPORTANCE = "importance"
 _LONGEST_ERROR = 300
@@ -179,7 +181,7 @@ def _page(
         "sweep.html.j2",
         title=sweep.name,
         subtitle=f"A sweep over {', '.join(sweep.fields)}; the {extreme} {sweep.metric} wins.",
-        status=_status(counts),
+        status=_status(folder, sweep, counts),
         sections=[
             ("summary", "Summary"),
             ("table", "Table"),
@@ -208,18 +210,20 @@ def _settings(folder: Path, sweep: Sweep) -> dict[str, Any] | None:
     return {"changed": changed_table(view, sweep.fields), "all": all_settings(view, sweep.fields)}
 
 
-def _status(counts: Counter[str]) -> str:
-    if counts["running"]:
+def _status(folder: Path, sweep: Sweep, counts: Counter[str]) -> str:
+    """Of the whole sweep, also between two trials. One that was killed says nothing, but holds its folder no more."""
+    if counts["running"] or counts["pending"] or sweep.num_left:
+        with suppress(OSError):  # a folder that may only be read: nobody knows
+            if sweep.paused or not is_at_work(folder):
+                return "interrupted"
         return "running"
-    if counts["pending"]:
-        return "interrupted"
     return "finished" if counts["finished"] else "failed"
 
 
 def _tiles(sweep: Sweep, points: Sequence[Point], counts: Counter[str]) -> list[tuple[str, str]]:
     best = points[0] if points and points[0].status == "finished" else None
     tiles = [(f"best {sweep.metric}", str(best.estimate))] if best and best.estimate else []
-    tiles.append((f"of {len(sweep.trials)} trials finished", str(counts["finished"])))
+    tiles.append((f"of {len(sweep.trials) + sweep.num_left} trials finished", str(counts["finished"])))
     tiles += [
         (name, str(counts[key])) for key, name in (("stopped", "stopped early"), ("failed", "failed")) if counts[key]
     ]
@@ -239,7 +243,8 @@ def _sentences(sweep: Sweep, points: Sequence[Point], counts: Counter[str]) -> l
     if len(finished) > 1:
         said.append(_against_next(finished[0], finished[1]))
     ended = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    said.append(f"{len(sweep.trials)} trials of {len(points)} points: {ended}.")
+    to_come = f"; {sweep.num_left} trials have not begun" if sweep.num_left else ""
+    said.append(f"{len(sweep.trials)} trials of {len(points)} points: {ended}{to_come}.")
     return said
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from recorded_pages import HOSTILE, trial, write_sweep
 
 from raydistill.errors import UserError
@@ -18,6 +19,7 @@ from raydistill.report.report import report_command, sweep_folder
 from raydistill.report.sweep import Estimate, ranked, read_sweep
 from raydistill.report.sweep_page import table_markdown, table_rows, write_sweep_page
 from raydistill.report.sweep_plots import field_of_curve, short_names
+from raydistill.results.run_folders import LOCK
 
 
 def points_of(folder: Path) -> Any:
@@ -79,12 +81,13 @@ def test_two_seeds_show_a_difference_only_where_it_is_large(
 
 
 def test_the_margin_of_a_difference_is_welchs() -> None:
-    from scipy.stats import ttest_ind
-
-    first, other = [0.1, 0.14, 0.12], [0.3, 0.38]
-    interval = ttest_ind(first, other, equal_var=False).confidence_interval(0.95)
-    estimates = [Estimate.of(values) for values in (first, other)]
-    assert sweep_page._margin(*estimates) == pytest.approx((interval.high - interval.low) / 2)
+    first, other = Estimate.of([0.1, 0.14, 0.12]), Estimate.of([0.3, 0.38])
+    assert first is not None
+    assert other is not None
+    # Half of what scipy.stats.ttest_ind(..., equal_var=False).confidence_interval() spans.
+    assert sweep_page._margin(first, other) == pytest.approx(0.3781461)
+    same = Estimate(mean=0.1, se=0.0, n=2)
+    assert sweep_page._margin(same, same) == 0.0
 
 
 def test_the_order_is_finished_stopped_running_pending_failed_whatever_their_metrics(tmp_path: Path) -> None:
@@ -170,6 +173,29 @@ def test_every_file_is_written_again_and_again_whatever_has_finished(
         settings = page[page.index('id="settings"') :]
         assert "trainer.num_steps" in settings
         assert "trainer.learning_rate" not in settings, "it varies: the base's value is nobody's"
+
+
+def test_a_sweep_has_finished_when_all_its_trials_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
+    one, other = (trial(k, 0.1 * k, trainer__learning_rate=float(k)) for k in (1, 2))
+
+    def status(trials: list[Any], **head: Any) -> str:
+        page = sweep_page.sweep_page(write_sweep(tmp_path, trials, fields=["trainer.learning_rate"], **head))
+        found = re.search(r'<span class="pill (\w+)">', page)
+        assert found
+        assert ("1 trials have not begun" in page) == (len(trials) < head.get("num_trials", 0))
+        return found[1]
+
+    lock = FileLock(tmp_path / LOCK)
+    with lock:  # as whoever runs the sweep
+        assert status([one], num_trials=2) == "running", "between two trials"
+        assert status([one, other | {"status": "running"}], num_trials=2) == "running"
+        assert status([one], num_trials=2, paused=True) == "interrupted"
+        assert status([one, other], num_trials=2) == "finished"
+    assert status([one], num_trials=2) == "interrupted", "killed"
+    assert status([one, other | {"status": "running"}], num_trials=2) == "interrupted"
+    assert status([one, other | {"status": "stopped"}], num_trials=2) == "finished"
+    assert status([one]) == "finished", "written before the number was"
 
 
 def test_a_page_elsewhere_needs_no_folder_there_and_writes_nothing_beside_the_sweep(
