@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,14 @@ class Sweep(BaseModel):
     mode: Literal["min", "max"]
     fields: list[str]
     log_fields: list[str] = []
+    num_trials: int | None = None  # of the whole sweep; None: written before it was
+    paused: bool = False  # whoever ran it has left
     trials: list[Trial]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that have not begun."""
+        return max(0, (self.num_trials or 0) - len(self.trials))
 
     @property
     def varied(self) -> list[str]:
@@ -80,11 +88,16 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One point of the search: the trials that differ in their seed only."""
+    """One point of the search: the trials that differ in their seed at most."""
 
     values: Mapping[str, Value]
     trials: list[Trial] = field(default_factory=list)
-    estimate: Estimate | None = None  # of the sweep's metric, over the trials that count
+    estimate: Estimate | None = None  # of the sweep's metric, over the seeds of the trials that count
+
+    @property
+    def num_seeds(self) -> int:
+        """Of all its trials."""
+        return len({repr(trial.values.get(SEED)) for trial in self.trials})
 
     @property
     def status(self) -> Status:
@@ -124,8 +137,7 @@ def ranked(sweep: Sweep) -> list[Point]:
     points = []
     for trials in groups.values():
         bare = Point(values={name: trials[0].values.get(name) for name in sweep.varied}, trials=trials)
-        counted = [sweep.value_of(trial) for trial in trials if trial.status == bare.status]
-        estimate = Estimate.of([value for value in counted if value is not None])
+        estimate = Estimate.of(_by_seed(sweep, [trial for trial in trials if trial.status == bare.status]))
         points.append(Point(values=bare.values, trials=trials, estimate=estimate))
     sign = 1.0 if sweep.mode == "min" else -1.0
     order = ("finished", "stopped", "running", "pending", "failed")
@@ -134,3 +146,13 @@ def ranked(sweep: Sweep) -> list[Point]:
         return (order.index(point.status), sign * point.estimate.mean if point.estimate else math.inf)
 
     return sorted(points, key=place)
+
+
+def _by_seed(sweep: Sweep, trials: list[Trial]) -> list[float]:
+    """The metric of each seed, once: the same run again says nothing about how much results differ by the seed."""
+    values: dict[str, list[float]] = {}
+    for trial in trials:
+        value = sweep.value_of(trial)
+        if value is not None:
+            values.setdefault(repr(trial.values.get(SEED)), []).append(value)
+    return [statistics.mean(same) for same in values.values()]

@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,11 @@ from raydistill.report.page import Cell, PageTable, cell, picture, plain, render
 from raydistill.report.run_view import view_of
 from raydistill.report.settings import all_settings, changed_table
 from raydistill.report.summary import format_seconds
-from raydistill.report.sweep import SEED, Point, Sweep, ranked, read_sweep
+from raydistill.report.sweep import SEED, Estimate, Point, Sweep, ranked, read_sweep
 from raydistill.report.sweep_plots import field_of_curve, plot_importance, plot_over_field, plot_parallel, short_names
-from raydistill.report.verdict import Z_95
+from raydistill.report.verdict import ALPHA
 from raydistill.results.record_lines import start_of
+from raydistill.results.run_folders import is_at_work
 
 IMPORTANCE = "importance"
 _LONGEST_ERROR = 300
@@ -138,7 +140,7 @@ def _table_csv(rows: Sequence[dict[str, Any]]) -> str:
 def _ranked_table(sweep: Sweep, points: Sequence[Point], titles: Sequence[str], with_runs: bool = False) -> PageTable:
     """What is shown of each point; its error only where one failed. `titles` are those of the fields."""
     has_errors = any(point.errors for point in points)
-    repeats = any(len(point.trials) > 1 for point in points)
+    repeats = any(point.num_seeds > 1 for point in points)
     columns = ["#", *titles, sweep.metric, *(["seeds"] if repeats else []), "status", "training"]
     columns += (["runs"] if with_runs else []) + (["error"] if has_errors else [])
     rows = []
@@ -151,7 +153,7 @@ def _ranked_table(sweep: Sweep, points: Sequence[Point], titles: Sequence[str], 
         cells.append(Cell(text=str(one), value=one.mean) if one else cell(None))
         if repeats:
             done = one.n if one else 0
-            cells.append(cell(done, f"{done} of {len(point.trials)}"))
+            cells.append(cell(done, f"{done} of {point.num_seeds}"))
         cells.append(cell("stopped early" if point.status == "stopped" else point.status))
         cells.append(cell(seconds, format_seconds(seconds)) if seconds is not None else cell(None))
         if with_runs:
@@ -179,7 +181,7 @@ def _page(
         "sweep.html.j2",
         title=sweep.name,
         subtitle=f"A sweep over {', '.join(sweep.fields)}; the {extreme} {sweep.metric} wins.",
-        status=_status(counts),
+        status=_status(folder, sweep, counts),
         sections=[
             ("summary", "Summary"),
             ("table", "Table"),
@@ -208,18 +210,20 @@ def _settings(folder: Path, sweep: Sweep) -> dict[str, Any] | None:
     return {"changed": changed_table(view, sweep.fields), "all": all_settings(view, sweep.fields)}
 
 
-def _status(counts: Counter[str]) -> str:
-    if counts["running"]:
+def _status(folder: Path, sweep: Sweep, counts: Counter[str]) -> str:
+    """Of the whole sweep, also between two trials. One that was killed says nothing, but holds its folder no more."""
+    if counts["running"] or counts["pending"] or sweep.num_left:
+        with suppress(OSError):  # a folder that may only be read: nobody knows
+            if sweep.paused or not is_at_work(folder):
+                return "interrupted"
         return "running"
-    if counts["pending"]:
-        return "interrupted"
     return "finished" if counts["finished"] else "failed"
 
 
 def _tiles(sweep: Sweep, points: Sequence[Point], counts: Counter[str]) -> list[tuple[str, str]]:
     best = points[0] if points and points[0].status == "finished" else None
     tiles = [(f"best {sweep.metric}", str(best.estimate))] if best and best.estimate else []
-    tiles.append((f"of {len(sweep.trials)} trials finished", str(counts["finished"])))
+    tiles.append((f"of {len(sweep.trials) + sweep.num_left} trials finished", str(counts["finished"])))
     tiles += [
         (name, str(counts[key])) for key, name in (("stopped", "stopped early"), ("failed", "failed")) if counts[key]
     ]
@@ -239,7 +243,8 @@ def _sentences(sweep: Sweep, points: Sequence[Point], counts: Counter[str]) -> l
     if len(finished) > 1:
         said.append(_against_next(finished[0], finished[1]))
     ended = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    said.append(f"{len(sweep.trials)} trials of {len(points)} points: {ended}.")
+    to_come = f"; {sweep.num_left} trials have not begun" if sweep.num_left else ""
+    said.append(f"{len(sweep.trials)} trials of {len(points)} points: {ended}{to_come}.")
     return said
 
 
@@ -251,9 +256,22 @@ def _against_next(best: Point, second: Point) -> str:
             f"The next one, {_words(second)}, has {other}. Without repetitions nobody knows whether that is a difference: add "
             f"{SEED} to the fields that vary."
         )
-    gap, error = abs(first.mean - other.mean), Z_95 * math.hypot(first.se, other.se)
+    gap, error = abs(first.mean - other.mean), _margin(first, other)
     clear = "clearly better than" if gap > error else "not shown to be better than"
     return f"It is {clear} the next one, {_words(second)}: {other}, a difference of {gap:.2g} ± {error:.2g}."
+
+
+def _margin(first: Estimate, other: Estimate) -> float:
+    """Half the 95 % interval of a difference of means over a few seeds each (Welch's t)."""
+    from scipy.special import stdtrit
+
+    assert first.se is not None and other.se is not None
+    parts = (first.se**2, other.se**2)
+    total = math.fsum(parts)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / (parts[0] ** 2 / (first.n - 1) + parts[1] ** 2 / (other.n - 1))
+    return float(stdtrit(freedom, 1 - ALPHA / 2)) * math.sqrt(total)
 
 
 def _words(point: Point) -> str:

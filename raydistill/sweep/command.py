@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raydistill.cli import CONFIG_ARGUMENTS, console, print_table
+from raydistill.progress import say
 from raydistill.sweep.spec import Sweep, load_sweep
 from raydistill.sweep.state import STATE_FILE
 
@@ -52,6 +53,8 @@ def sweep_command(argv: Sequence[str]) -> int:
         "scheduler": switches.scheduler,
     }
     sweep = load_sweep(switches.file, settings, **changes)
+    if sweep.note:
+        say(console, f"note: {sweep.note}")
     if switches.dry_run:
         _show_plan(sweep)
         return 0

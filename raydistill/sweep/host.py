@@ -12,16 +12,22 @@ import resource
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from raydistill.config import Config
 from raydistill.messages import EvalReport
+from raydistill.sweep.identity import check_run
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import SHARES
 
+if TYPE_CHECKING:
+    from raydistill.launch import Launch, RunSummary
+
 STOP_TIMEOUT_S = 60.0
 CONSOLE_WIDTH = 160
+Reports = asyncio.Queue[dict[str, float] | None]
 
 
 class SweepHost:
@@ -37,8 +43,10 @@ class SweepHost:
         self._life = uuid.uuid4().hex[:8]
         self._pools = SharedPools(POOL_MAKERS, sweep.file.parallel)
         self._datasets: dict[str, Any] = {}
-        self._reports: dict[str, asyncio.Queue[dict[str, float] | None]] = {}
-        self._running: dict[str, tuple[Any, asyncio.Task[Any]]] = {}
+        self._reports: dict[str, Reports] = {}
+        self._room = asyncio.Semaphore(sweep.file.parallel)
+        self._running: dict[str, asyncio.Task[RunSummary]] = {}  # also those that wait for room
+        self._launches: dict[str, Launch] = {}
 
     async def ready(self) -> int:
         """The process id, once the slow imports are done."""
@@ -49,41 +57,55 @@ class SweepHost:
 
         Returns its summary as plain JSON types, with what was shared so far (`shares`).
         """
-        from raydistill.launch import Launch, RunSummary, Within
+        reports = self._reports[name] = asyncio.Queue()
+        try:  # whatever happens, whoever asks for reports is to hear that there are no more
+            await self.stop(name)  # of an earlier process of this trial
+            task = self._running[name] = asyncio.ensure_future(self._run(name, point, reports))
+            summary = await task
+        finally:
+            reports.put_nowait(None)
+        return {**summary.to_json(), SHARES: await self.shares()}
+
+    async def _run(self, name: str, point: Mapping[str, Any], reports: Reports) -> RunSummary:
+        from raydistill.launch import RunSummary
         from raydistill.recovery.bring import bring_record
         from raydistill.recovery.resume import run_storage
 
-        await self.stop(name)  # of an earlier process of this trial
-        config = self._sweep.config_of(point, name)
-        reports = self._reports[name] = asyncio.Queue()
-        folder = (config.run.output / "runs" / name).absolute()
-        storage = run_storage(config, folder)
-        if storage is not None:
-            await asyncio.to_thread(bring_record, folder, storage)
-        finished = RunSummary.of_finished(folder)
-        if finished is not None:  # it ended just before whoever asked for it did
-            reports.put_nowait(None)
-            return {**finished.to_json(), SHARES: await self.shares()}
+        try:
+            config = self._sweep.config_of(point, name)
+            folder = (config.run.output / "runs" / name).absolute()
+            storage = run_storage(config, folder)
+            if storage is not None:
+                await asyncio.to_thread(bring_record, folder, storage)
+            check_run(folder, self._record_id)
+            finished = RunSummary.of_finished(folder)
+            if finished is not None:  # it ended just before whoever asked for it did
+                return finished
+            logs = self._sweep.folder / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            # Ray Tune starts the next trial as soon as it has told one to stop, which holds its pools and ranks meanwhile.
+            async with self._room:
+                with (logs / f"{name}.log").open("a") as log:
+                    return await self._launch(name, config, log, reports)
+        finally:
+            self._running.pop(name, None)
+
+    async def _launch(self, name: str, config: Config, log: IO[str], reports: Reports) -> RunSummary:
+        from raydistill.launch import Launch, Within
 
         def tell(report: EvalReport) -> None:
             reports.put_nowait({"version": float(report.version), **report.metrics})
 
-        logs = self._sweep.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"{name}.log").open("a") as log:
-            console = Console(file=log, width=CONSOLE_WIDTH, highlight=False, markup=False)
-            within = Within(datasets=self._datasets, parent=self._record_id)
+        console = Console(file=log, width=CONSOLE_WIDTH, highlight=False, markup=False)
+        within = Within(datasets=self._datasets, parent=self._record_id)
+        try:
             pools = self._pools.lease(name, config)
             launch = Launch(config, pools, console, within=within, on_evaluation=tell)
-            task = asyncio.ensure_future(launch.run())
-            self._running[name] = (launch, task)
-            try:
-                summary = await task
-            finally:
-                self._running.pop(name, None)
-                self._pools.release(name)
-                reports.put_nowait(None)
-        return {**summary.to_json(), SHARES: await self.shares()}
+            self._launches[name] = launch
+            return await launch.run()
+        finally:
+            self._launches.pop(name, None)
+            self._pools.release(name)
 
     async def next_report(self, name: str) -> dict[str, float] | None:
         """Wait for a trial's next evaluation; None: there are no more."""
@@ -95,10 +117,11 @@ class SweepHost:
         """Let a trial write a checkpoint and leave; harmless where it does not run."""
         if name not in self._running:
             return
-        launch, task = self._running[name]
+        task, launch = self._running[name], self._launches.get(name)
         try:
-            await launch.stop()
-            await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
+            if launch is not None:  # else it waits for room
+                await launch.stop()
+                await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
         finally:
             task.cancel()
             await asyncio.wait({task})

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydistill.cli import console
 from raydistill.config import WorldSection
 from raydistill.config.load import require_inputs
-from raydistill.errors import SweepStopped
+from raydistill.errors import SweepStopped, UserError
 from raydistill.launch import start_cluster
 from raydistill.preflight.findings import results_findings
 from raydistill.preflight.placement import check_placement, node_resources
@@ -28,13 +28,14 @@ from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import FINISH_S, start_delivery
 from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import STOPPED_S, recorded
+from raydistill.results.run_folders import is_at_work
 from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
-from raydistill.sweep.identity import check_identity
+from raydistill.sweep.identity import check_identity, check_runs
 from raydistill.sweep.parallel import check_parallel, configs_of
 from raydistill.sweep.recorder import SweepRecorder
 from raydistill.sweep.spec import Sweep
-from raydistill.sweep.state import OVER, SweepState, trials_of
+from raydistill.sweep.state import OVER, SweepState, named_runs
 from raydistill.sweep.stored import bring_sweep, mirrored, set_sweep_aside, sweep_storage
 from raydistill.sweep.tuner import run_trials
 from raydistill.worlds import resolve_world
@@ -59,7 +60,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
     _tell_results(sweep)
     check_storage(sweep.base)
     if anew:
-        _set_aside(sweep.folder)
+        _set_aside(sweep)
         set_sweep_aside(sweep)
     else:
         bring_sweep(sweep)
@@ -67,6 +68,7 @@ def run_sweep(sweep: Sweep, anew: bool = False, retry_failed: bool = False) -> S
         base = resolve_world(sweep.base, console)
         run = base.run.model_copy(update={"output": base.run.output.absolute()})  # of all its processes
         sweep = replace(sweep, base=base.model_copy(update={"world": WorldSection(), "run": run}))
+        check_runs(sweep)
         check_identity(sweep, retry_failed)
         start_cluster(base)
         _check_room(sweep)
@@ -196,14 +198,14 @@ def sharing_line(shared: Mapping[str, Any]) -> str:
     return f"{text}; {pools['rollouts']} rollout pools, {pools['teachers']} teacher pools, {shared['datasets']} data sets read"
 
 
-def _set_aside(folder: Path) -> None:
-    """The sweep's folder and its trials' runs get another name."""
-    if not (folder / LOCK).exists():
-        return
-    with locked(folder):
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for trial in trials_of(folder):
-            run = folder.parent.parent / "runs" / trial["run"]
-            if run.exists():
-                run.rename(run.with_name(f"{run.name}.before-{stamp}"))
-        folder.rename(folder.with_name(f"{folder.name}.before-{stamp}"))
+def _set_aside(sweep: Sweep) -> None:
+    """The sweep's folder and the runs of its trials' names get another name, also where the folder has gone before."""
+    folder, stamp = sweep.folder, time.strftime("%Y%m%d-%H%M%S")
+    has_begun = (folder / LOCK).exists()
+    with locked(folder) if has_begun else nullcontext():
+        runs = [run for run in named_runs(sweep) if run.exists()]
+        for run in runs:
+            if is_at_work(run):
+                raise UserError(f"{run} is at work in another process; wait for it, stop it, or choose another --name")
+        for path in [*runs, *([folder] if has_begun else [])]:
+            path.rename(path.with_name(f"{path.name}.before-{stamp}"))

@@ -20,6 +20,7 @@ from typing import Any
 from raydistill.errors import ConfigError
 
 KEYS = ("range", "log_range", "num")
+MOST_MISSES = 100_000  # draws in a row that are all known: of a range that is too narrow for the digits of its values
 MIN_LOG = 3  # listed numbers that may show a log scale
 
 
@@ -42,6 +43,11 @@ class Choice:
             return False
         middle, ends = statistics.median(numbers), (numbers[0], numbers[-1])
         return abs(middle - math.sqrt(ends[0] * ends[1])) < abs(middle - sum(ends) / 2)
+
+    @property
+    def size(self) -> float:
+        """How many different values there are."""
+        return len({repr(value) for value in self.values})
 
     def grid(self) -> tuple[Any, ...]:
         return self.values
@@ -68,6 +74,11 @@ class Interval:
     def is_whole(self) -> bool:
         """Whole numbers only: both ends are written as such."""
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def size(self) -> float:
+        """How many different values there are."""
+        return self.high - self.low + 1 if self.is_whole else math.inf
 
     def grid(self) -> tuple[Any, ...]:
         """`num` points from low to high, evenly spaced (in the logarithm); equal ones once."""
@@ -184,9 +195,17 @@ def grid_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:
 
 
 def random_points(space: Mapping[str, Values], number: int, seed: int) -> list[dict[str, Any]]:
-    """`number` independent draws: a function of the seed and the order of the fields."""
+    """Up to `number` draws, each point once: a function of the seed and the order of the fields. A space with no more points
+    than that gives all it has."""
     source = random.Random(seed)
-    return [spread({field: values.draw(source) for field, values in space.items()}) for _ in range(number)]
+    enough = min(number, math.prod(values.size for values in space.values()))
+    found: dict[str, dict[str, Any]] = {}
+    misses = 0
+    while len(found) < enough and misses < MOST_MISSES:
+        point = spread({field: values.draw(source) for field, values in space.items()})
+        misses = misses + 1 if repr(point) in found else 0
+        found.setdefault(repr(point), point)
+    return list(found.values())
 
 
 def corner_points(space: Mapping[str, Values]) -> list[dict[str, Any]]:

@@ -17,13 +17,14 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raydistill.config import Config
-from raydistill.config.fields import config_fields, config_sections
+from raydistill.config.fields import config_fields, config_sections, did_you_mean
 from raydistill.config.load import load_config, with_values
 from raydistill.config.problems import unknown_field
 from raydistill.errors import ConfigError
@@ -109,6 +110,15 @@ class Sweep:
         if self.points is not None:
             return len(self.points)
         return (self.file.num_samples or 0) * max(1, len(self.file.seeds))
+
+    @property
+    def note(self) -> str | None:
+        """What to say before it starts."""
+        asked, repeats = self.file.num_samples or 0, max(1, len(self.file.seeds))
+        if self.points is None or len(self.points) >= asked * repeats:
+            return None
+        found = len(self.points) // repeats
+        return f"num_samples={asked}, and the space has only {found} different points: each is tried once"
 
     @property
     def fields(self) -> list[str]:
@@ -267,6 +277,9 @@ def _check_points(path: Path, sweep: Sweep) -> None:
             raise ConfigError(
                 f"{path}: data.eval_rows=0 leaves no {sweep.file.metric} to rank trials by; set it above 0"
             )
+        problem = _metric_problem(sweep.file.metric, config)
+        if problem is not None:
+            problems.setdefault(problem, f"{path}: {problem}")
         if sweep.file.scheduler == "asha" and config.trainer.num_steps <= sweep.file.asha.grace_steps:
             raise ConfigError(
                 f"{path}: asha.grace_steps={sweep.file.asha.grace_steps} is not below "
@@ -274,3 +287,19 @@ def _check_points(path: Path, sweep: Sweep) -> None:
             )
     if problems:
         raise ConfigError("\n".join(list(problems.values())[:10]))
+
+
+def _metric_problem(metric: str, config: Config) -> str | None:
+    """Why no evaluation of a trial would have this metric; None if one has (see `EvaluatorActor.evaluate`)."""
+    match = ("evaluate/exact_match", "evaluate/exact_match_se")
+    there = {  # by name, why it is not among those that a trial's evaluations have
+        "evaluate/perplexity": None,
+        DEFAULT_METRIC: None if config.needs_teacher else "objective.distill_weight=0 asks no teacher",
+        **dict.fromkeys(match, "evaluation.exact_match='off'" if config.evaluation.exact_match == "off" else None),
+    }
+    reported = ", ".join(name for name, reason in there.items() if reason is None)
+    if metric not in there:
+        near = did_you_mean(get_close_matches(metric, there, n=1), f"evaluations report {reported}")
+        return f"metric={metric!r} is none that trials are evaluated by; {near}"
+    reason = there[metric]
+    return None if reason is None else f"metric={metric!r} is not measured with {reason}; evaluations report {reported}"

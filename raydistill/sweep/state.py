@@ -37,9 +37,10 @@ class SweepState:
     """The trials of one sweep, in the order they were begun."""
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
-        """head: name, metric, mode, fields (that vary), log_fields (of these, those on a log scale)."""
+        """head: name, metric, mode, fields (that vary), log_fields (of these, those on a log scale), num_trials."""
         self._path, self._head = folder / STATE_FILE, dict(head)
         self._shares: dict[str, Any] = {}  # by life of the host
+        self._is_paused = False
         self.trials: dict[str, Trial] = {}
         if self._path.exists():
             found = read_state(folder)
@@ -55,6 +56,7 @@ class SweepState:
             "mode": sweep.mode,
             "fields": sweep.fields,
             "log_fields": [field for field, values in sweep.space.items() if values.is_log],
+            "num_trials": sweep.num_trials,
         }
         return cls(sweep.folder, head)
 
@@ -62,7 +64,7 @@ class SweepState:
         """Note something about a trial; a new one needs its `values`."""
         if run not in self.trials:
             self.trials[run] = Trial(run=run, values=facts.pop("values"))
-        trial = self.trials[run]
+        trial, self._is_paused = self.trials[run], False
         for name, value in facts.items():
             setattr(trial, name, value)
         self.save()
@@ -70,9 +72,11 @@ class SweepState:
 
     def pause(self) -> None:
         """Nothing runs any more: the trials that did go on when the sweep does."""
+        self._is_paused = True
         for trial in self.trials.values():
             if trial.status == "running":
-                self.change(trial.run, status="pending")
+                trial.status = "pending"
+        self.save()
 
     def share(self, shares: Mapping[str, Any]) -> None:
         """Take in what a host says of one of its lives; its newest word counts."""
@@ -92,7 +96,13 @@ class SweepState:
         """Write the file; whole or not at all."""
         partial = self._path.with_suffix(".partial")
         trials = [asdict(trial) for trial in self.trials.values()]
-        content = {**self._head, "trials": trials, "shared": self.shared, SHARES: self._shares}
+        content = {
+            **self._head,
+            "paused": self._is_paused,
+            "trials": trials,
+            "shared": self.shared,
+            SHARES: self._shares,
+        }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -104,6 +114,18 @@ class SweepState:
         """Status -> number of trials."""
         statuses = [trial.status for trial in self.trials.values()]
         return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def run_name(sweep_name: str, number: int | str) -> str:
+    """Of a trial's run: the number of its point, or the name that a searcher gave it."""
+    return f"{sweep_name}-{number:03d}" if isinstance(number, int) else f"{sweep_name}-{number}"
+
+
+def named_runs(sweep: Sweep) -> list[Path]:
+    """The run folders of all trials that have a name: those whose points are known beforehand, and those that have begun."""
+    planned = [run_name(sweep.name, number) for number in range(len(sweep.points or ()))]
+    begun = [str(trial["run"]) for trial in trials_of(sweep.folder)]
+    return [sweep.folder.parent.parent / "runs" / name for name in dict.fromkeys([*planned, *begun])]
 
 
 def trials_of(folder: Path) -> list[dict[str, Any]]:

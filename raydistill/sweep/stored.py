@@ -19,7 +19,7 @@ from raydistill.recovery.resume import run_storage
 from raydistill.recovery.run_storage import FINISH_S, STOP_S
 from raydistill.recovery.storage import Storage
 from raydistill.sweep.spec import Sweep
-from raydistill.sweep.state import STATE_FILE, TUNE_FOLDER, trials_of
+from raydistill.sweep.state import STATE_FILE, TUNE_FOLDER, named_runs, trials_of
 
 SWEEPS = "sweeps"  # in run.storage as in run.output
 
@@ -55,7 +55,7 @@ def set_sweep_aside(sweep: Sweep) -> None:
         return
     if not trials_of(sweep.folder):
         storage.get(STATE_FILE, sweep.folder / STATE_FILE)
-    for folder in trial_folders(sweep):
+    for folder in named_runs(sweep):
         set_aside(_run_storage(sweep, folder))
     (sweep.folder / STATE_FILE).unlink(missing_ok=True)
     set_aside(storage)

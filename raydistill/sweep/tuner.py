@@ -26,7 +26,7 @@ from ray.tune.search import Searcher
 from raydistill.errors import RunError, UserError
 from raydistill.sweep.space import Choice, Values, gathered, spread
 from raydistill.sweep.spec import Sweep
-from raydistill.sweep.state import OVER, TUNE_FOLDER, SweepState
+from raydistill.sweep.state import OVER, TUNE_FOLDER, SweepState, run_name
 
 VERSION = "version"  # the optimizer steps behind a report: what a scheduler compares at
 END = 2**31  # the "version" of a run's last report, behind all others
@@ -83,11 +83,6 @@ def _tune(sweep: Sweep, host: Any, callback: Callback, space: Mapping[str, Any],
             verbose=0,
         ),
     ).fit()
-
-
-def run_name(sweep_name: str, number: int | str) -> str:
-    """Of a trial's run: the number of its point, or the name that a searcher gave it."""
-    return f"{sweep_name}-{number:03d}" if isinstance(number, int) else f"{sweep_name}-{number}"
 
 
 def run_of(sweep_name: str, trial_id: str, parameters: Mapping[str, Any]) -> str:

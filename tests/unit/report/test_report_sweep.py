@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from recorded_pages import HOSTILE, trial, write_sweep
 
 from raydistill.errors import UserError
@@ -18,6 +19,7 @@ from raydistill.report.report import report_command, sweep_folder
 from raydistill.report.sweep import Estimate, ranked, read_sweep
 from raydistill.report.sweep_page import table_markdown, table_rows, write_sweep_page
 from raydistill.report.sweep_plots import field_of_curve, short_names
+from raydistill.results.run_folders import LOCK
 
 
 def points_of(folder: Path) -> Any:
@@ -44,6 +46,48 @@ def test_trials_that_differ_in_their_seed_are_one_point_and_the_best_comes_first
     assert points[0].estimate.se == pytest.approx(5e-6)
     assert [point.status for point in points] == ["finished"] * 5 + ["failed"]
     assert points[-1].errors == [f"loss is NaN {HOSTILE}"]
+
+
+def test_the_same_run_again_is_no_other_seed(tmp_path: Path) -> None:
+    trials = [trial(k, 0.2, trainer__learning_rate=1.0) for k in range(3)]
+    (point,) = points_of(write_sweep(tmp_path, trials, fields=["trainer.learning_rate"]))
+    assert point.estimate == Estimate(mean=0.2, se=None, n=1)
+    seeds = [trial(k, value, trainer__learning_rate=1.0, run__seed=seed) for k, (seed, value) in enumerate(
+        ((0, 0.2), (0, 0.2), (1, 0.4), (2, None)))]  # fmt: skip
+    (point,) = points_of(write_sweep(tmp_path, seeds, fields=["trainer.learning_rate", "run.seed"]))
+    assert (point.estimate.n, point.estimate.mean, point.num_seeds) == (2, pytest.approx(0.3), 3)
+    assert "2 of 3" in table_markdown(read_sweep(tmp_path), [point])
+
+
+@pytest.mark.parametrize(
+    ("second", "is_clear"),
+    [
+        ((0.20, 0.21), False),  # 2.5 standard errors: of two seeds each that is nothing rare
+        ((0.30, 0.31), True),
+    ],
+)
+def test_two_seeds_show_a_difference_only_where_it_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: tuple[float, float], is_clear: bool
+) -> None:
+    monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
+    values = {1.0: (0.15, 0.18), 2.0: second}
+    trials = [
+        trial(k, values[rate][seed], trainer__learning_rate=rate, run__seed=seed)
+        for k, (rate, seed) in enumerate((rate, seed) for rate in values for seed in (0, 1))
+    ]
+    page = sweep_page.sweep_page(write_sweep(tmp_path, trials, fields=["trainer.learning_rate", "run.seed"]))
+    assert ("It is clearly better than the next one" in page) is is_clear
+    assert ("It is not shown to be better than the next one" in page) is not is_clear
+
+
+def test_the_margin_of_a_difference_is_welchs() -> None:
+    first, other = Estimate.of([0.1, 0.14, 0.12]), Estimate.of([0.3, 0.38])
+    assert first is not None
+    assert other is not None
+    # Half of what scipy.stats.ttest_ind(..., equal_var=False).confidence_interval() spans.
+    assert sweep_page._margin(first, other) == pytest.approx(0.3781461)
+    same = Estimate(mean=0.1, se=0.0, n=2)
+    assert sweep_page._margin(same, same) == 0.0
 
 
 def test_the_order_is_finished_stopped_running_pending_failed_whatever_their_metrics(tmp_path: Path) -> None:
@@ -129,6 +173,29 @@ def test_every_file_is_written_again_and_again_whatever_has_finished(
         settings = page[page.index('id="settings"') :]
         assert "trainer.num_steps" in settings
         assert "trainer.learning_rate" not in settings, "it varies: the base's value is nobody's"
+
+
+def test_a_sweep_has_finished_when_all_its_trials_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_page, "picture", lambda alt, draw: Picture(alt=alt, light="data:,l", dark="data:,d"))
+    one, other = (trial(k, 0.1 * k, trainer__learning_rate=float(k)) for k in (1, 2))
+
+    def status(trials: list[Any], **head: Any) -> str:
+        page = sweep_page.sweep_page(write_sweep(tmp_path, trials, fields=["trainer.learning_rate"], **head))
+        found = re.search(r'<span class="pill (\w+)">', page)
+        assert found
+        assert ("1 trials have not begun" in page) == (len(trials) < head.get("num_trials", 0))
+        return found[1]
+
+    lock = FileLock(tmp_path / LOCK)
+    with lock:  # as whoever runs the sweep
+        assert status([one], num_trials=2) == "running", "between two trials"
+        assert status([one, other | {"status": "running"}], num_trials=2) == "running"
+        assert status([one], num_trials=2, paused=True) == "interrupted"
+        assert status([one, other], num_trials=2) == "finished"
+    assert status([one], num_trials=2) == "interrupted", "killed"
+    assert status([one, other | {"status": "running"}], num_trials=2) == "interrupted"
+    assert status([one, other | {"status": "stopped"}], num_trials=2) == "finished"
+    assert status([one]) == "finished", "written before the number was"
 
 
 def test_a_page_elsewhere_needs_no_folder_there_and_writes_nothing_beside_the_sweep(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.errors import UserError
+from raydistill.results.record import RunRecord
 from raydistill.sweep.identity import check_identity
 from raydistill.sweep.spec import Sweep, load_sweep
 from raydistill.sweep.state import SweepState
@@ -22,7 +23,9 @@ def sweep(tmp_path: Path, text: str, *arguments: str) -> Sweep:
 
 def begun(tmp_path: Path, text: str) -> None:
     check_identity(sweep(tmp_path, text), retry_failed=False)
-    check_identity(sweep(tmp_path, text), retry_failed=False)  # the same again
+    found = sweep(tmp_path, text)
+    SweepState.of(found).change(f"{found.name}-000", values={}, status="running")
+    check_identity(found, retry_failed=False)  # the same again
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,26 @@ def test_a_sweep_of_other_settings_does_not_go_on_in_the_same_folder(tmp_path: P
     begun(tmp_path, TWO)
     with pytest.raises(UserError, match=rf"cannot go on with other settings: .*{complaint}.*--resume never"):
         check_identity(sweep(tmp_path, text), retry_failed=False)
+
+
+def test_until_a_trial_begins_the_settings_may_change(tmp_path: Path) -> None:
+    """As where a sweep was refused for want of room, and somebody follows the advice."""
+    check_identity(sweep(tmp_path, TWO), retry_failed=False)
+    other = sweep(tmp_path, TWO, "--trainer.num_cpus", "1")
+    check_identity(other, retry_failed=False)
+    SweepState.of(other).change("lr-000", values={}, status="running")
+    with pytest.raises(UserError, match=r"settings\.trainer\.num_cpus was 1.*, is 0\.5"):
+        check_identity(sweep(tmp_path, TWO), retry_failed=False)
+    assert [path.name for path in other.folder.iterdir() if "identity" in path.name] == ["identity.json"]
+
+
+def test_a_trial_has_begun_whose_run_there_is_though_the_sweeps_file_has_gone(tmp_path: Path) -> None:
+    begun(tmp_path, TWO)
+    (tmp_path / "sweeps" / "lr" / "sweep.json").unlink()
+    with RunRecord(tmp_path / "runs" / "lr-000") as record:
+        record.start(name="lr-000", config={}, provenance={}, seed=0)
+    with pytest.raises(UserError, match="cannot go on with other settings"):
+        check_identity(sweep(tmp_path, TWO, "--trainer.num_cpus", "1"), retry_failed=False)
 
 
 def test_an_entry_of_a_table_that_is_gone_is_noticed(tmp_path: Path) -> None:

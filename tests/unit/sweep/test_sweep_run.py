@@ -10,10 +10,14 @@ import pytest
 
 from raydistill.errors import SweepStopped, UserError
 from raydistill.results.deliver import FINISH_S
+from raydistill.results.record import RunRecord
+from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import STOPPED_S
 from raydistill.sweep import run as module
+from raydistill.sweep.identity import check_runs
 from raydistill.sweep.run import run_sweep, sharing_line
 from raydistill.sweep.spec import Sweep, load_sweep
+from raydistill.sweep.state import SweepState
 
 
 def sweep(tmp_path: Path, *arguments: str) -> Sweep:
@@ -68,6 +72,43 @@ def test_a_sweep_that_was_stopped_does_not_wait_for_its_store(tmp_path: Path, mo
                 raise stop
         waited.append(delivery.patience_s)
     assert waited == [STOPPED_S, STOPPED_S, FINISH_S]
+
+
+def test_a_run_that_another_sweep_left_behind_is_refused_and_set_aside_by_starting_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where somebody removes `sweeps/lr`, and starts a sweep of that name over other values."""
+
+    def stop(*_: Any) -> None:
+        raise UserError("as far as this test goes")
+
+    asked, runs = sweep(tmp_path, "--world.name", "stories"), tmp_path / "out" / "runs"
+    monkeypatch.setattr(module, "resolve_world", lambda base, console: base)
+    monkeypatch.setattr(module, "start_cluster", stop)
+    with RunRecord(runs / "lr-000") as record:
+        record.start(name="lr-000", config={}, provenance={}, seed=0, parent="the-sweep-that-was-removed")
+        record.end("finished")
+    with pytest.raises(UserError, match=r"lr-000 is a run of the same name .*move it away.*--name.*--resume never"):
+        run_sweep(asked)
+    with pytest.raises(UserError, match="as far as"):
+        run_sweep(asked, anew=True)
+    assert [path.name.partition("-2")[0] for path in runs.iterdir()] == ["lr-000.before"]
+    assert len(list((tmp_path / "out" / "sweeps").glob("lr.before-*"))) == 1
+
+
+def test_the_runs_of_a_sweep_are_its_own(tmp_path: Path) -> None:
+    asked = sweep(tmp_path)
+    folder = tmp_path / "out" / "runs" / "lr-000"
+    with RunRecord(asked.folder) as record:
+        record.start(name="lr", config={}, provenance={}, seed=0)
+    with RunRecord(folder) as record:
+        record.start(name="lr-000", config={}, provenance={}, seed=0, parent=require_start(asked.folder)["record_id"])
+    check_runs(asked)
+    (asked.folder / "record.jsonl").unlink()
+    with pytest.raises(UserError, match="does not belong to this sweep"):
+        check_runs(asked)
+    SweepState.of(asked).change("lr-000", values={}, status="finished")
+    check_runs(asked)  # it is not asked for again
 
 
 def test_sigterm_is_heard_as_ctrl_c_while_trials_run() -> None:

@@ -49,6 +49,20 @@ def test_random_points_are_a_function_of_the_seed_and_stay_inside() -> None:
     assert {point["beta"] for point in points} == {0.0, 1.0}
 
 
+def test_no_point_is_drawn_twice_and_a_space_gives_no_more_than_it_has() -> None:
+    space = {
+        "rank": values({"range": [1, 4]}, needs_grid=False),
+        "quant": values([{"format": "int2"}, {"format": "nf4"}]),
+    }
+    for number, expected in ((5, 5), (8, 8), (50, 8)):
+        points = random_points(space, number, seed=0)
+        assert len(points) == len({tuple(point.values()) for point in points}) == expected
+    assert random_points(space, 3, seed=0) == random_points(space, 8, seed=0)[:3]
+    narrow = {"lr": values({"range": [1.0, 1.00001]}, needs_grid=False)}  # values have six digits
+    assert 2 <= len(random_points(narrow, 50, seed=0)) < 50
+    assert len(random_points({}, 3, seed=0)) == 1
+
+
 def test_an_interval_of_whole_numbers_draws_its_ends_too() -> None:
     interval = values({"range": [1, 3]}, needs_grid=False)
     assert {interval.draw(random.Random(seed)) for seed in range(100)} == {1, 2, 3}

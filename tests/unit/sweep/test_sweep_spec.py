@@ -10,6 +10,19 @@ from raydistill.errors import ConfigError
 from raydistill.sweep.spec import Sweep, load_sweep
 
 ROOT = Path(__file__).parents[3]
+NO_TEACHER = """
+[settings]
+"objective.distill_weight" = 0.0
+"objective.ce_weight" = 1.0
+"objective.on_policy_fraction" = 0.0
+"""
+SOME_WITHOUT_TEACHER = """
+[settings]
+"objective.ce_weight" = 1.0
+"objective.on_policy_fraction" = 0.0
+[space]
+"objective.distill_weight" = [1.0, 0.0]
+"""
 
 
 def sweep(tmp_path: Path, text: str, *arguments: str, **changes: Any) -> Sweep:
@@ -90,7 +103,7 @@ def test_a_config_on_the_command_line_takes_the_place_of_the_base_and_the_settin
 
 def test_what_is_best_follows_from_the_metric(tmp_path: Path) -> None:
     text = 'metric = "evaluate/exact_match"\n[space]\n"objective.beta" = [0.0, 1.0]'
-    assert sweep(tmp_path, text).mode == "max"
+    assert sweep(tmp_path, text, "--evaluation.exact_match", "final_number").mode == "max"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +124,11 @@ def test_what_is_best_follows_from_the_metric(tmp_path: Path) -> None:
         ('samplr = "grid"\n[space]\n"objective.beta" = [0.0]', "a sweep file has name, description"),
         ('scheduler = "asha"\n[settings]\n"trainer.num_steps" = 50\n[space]\n"objective.beta" = [0.0]', "asha.grace_steps"),
         ('[settings]\n"data.eval_rows" = 0\n[space]\n"objective.beta" = [0.0]', "data.eval_rows=0 leaves no"),
+        ('metric = "evaluate/kl"\n[space]\n"objective.beta" = [0.0]', "did you mean `evaluate/kl_nats`"),
+        ('metric = "loss"\n[space]\n"objective.beta" = [0.0]', "evaluations report evaluate/perplexity, evaluate/kl_nats"),
+        ('metric = "evaluate/exact_match"\n[space]\n"objective.beta" = [0.0]', "with evaluation.exact_match='off'"),
+        (f"{NO_TEACHER}[space]\n\"trainer.learning_rate\" = [1e-3]", "objective.distill_weight=0 asks no teacher"),
+        (SOME_WITHOUT_TEACHER, "objective.distill_weight=0 asks no teacher; evaluations report evaluate/perplexity"),
         ("[space", "is no TOML"),
     ],
 )  # fmt: skip
@@ -119,6 +137,22 @@ def test_a_mistake_is_found_before_anything_starts(tmp_path: Path, text: str, co
         sweep(tmp_path, text)
     assert complaint in str(caught.value)
     assert str(tmp_path / "lr.toml") in str(caught.value)
+
+
+def test_a_space_that_has_fewer_points_than_asked_for_is_told(tmp_path: Path) -> None:
+    text = 'sampler = "random"\nseeds = [0, 1]\n[space]\n"objective.beta" = [0.0, 0.5, 1.0]'
+    fewer = sweep(tmp_path, text, num_samples=5)
+    assert fewer.num_trials == 6
+    assert fewer.note == "num_samples=5, and the space has only 3 different points: each is tried once"
+    assert sweep(tmp_path, text, num_samples=3).note is None
+    assert sweep(tmp_path, '[space]\n"objective.beta" = [0.0, 1.0]').note is None
+
+
+def test_a_metric_that_trials_have_is_taken(tmp_path: Path) -> None:
+    space = '[space]\n"trainer.learning_rate" = [1e-3]'
+    assert sweep(tmp_path, f'metric = "evaluate/perplexity"\n{NO_TEACHER}{space}').num_trials == 1
+    match = f'metric = "evaluate/exact_match_se"\n[settings]\n"evaluation.exact_match" = "final_number"\n{space}'
+    assert sweep(tmp_path, match).num_trials == 1
 
 
 def test_a_sweep_that_goes_on_may_change_how_it_runs_but_not_what(tmp_path: Path) -> None:

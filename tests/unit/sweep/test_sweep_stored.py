@@ -76,6 +76,14 @@ def test_starting_anew_sets_sweep_and_trials_there_aside(tmp_path: Path, begun: 
     assert trials_of(sweep.folder) == []
 
 
+def test_starting_anew_sets_runs_there_aside_whose_sweep_was_removed(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    Storage(url).write(b"{}", "runs/lr-001/record.jsonl")
+    set_sweep_aside(sweep_of(tmp_path, "two", url))
+    (name,) = Storage(url).list()
+    assert name.startswith("runs/lr-001.before-")
+
+
 def test_without_storage_nothing_is_brought(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "one", None)
     bring_sweep(sweep)
