@@ -18,6 +18,7 @@ from raydistill.actors.evaluator_pool import RunEvaluator, ShownRows
 from raydistill.actors.rollout import EngineSpec
 from raydistill.actors.rollout_pool import RunRollouts
 from raydistill.actors.teacher_pool import RunTeachers
+from raydistill.background import aside
 from raydistill.data.schedule import StepSchedule, held_out_prompts, held_out_references, rank_of
 from raydistill.driver_records import DriverRecords, OnEvaluation
 from raydistill.errors import RunStopped
@@ -97,7 +98,7 @@ class Attempt:
             await first_error(self._arm(), self._trainer.start())
         self._record_engines()
         if self._storage is not None:  # the ranks may have brought the first version by now
-            await asyncio.to_thread(self._storage.look)
+            await aside(self._storage.look)
         armed = time.time()
         seconds["start"] = seconds.get("start", 0.0) + armed - start
         records = DriverRecords(

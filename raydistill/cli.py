@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raydistill.background import end_beside
 from raydistill.config.help import field_help, format_resolved, json_schema
 from raydistill.config.load import load_config
 from raydistill.errors import RunError, Stopped, UserError
@@ -97,7 +98,7 @@ def main_with_errors(command: Callable[[Sequence[str]], int | None], argv: Seque
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return end_beside(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

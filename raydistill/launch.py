@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from raydistill.background import aside
 from raydistill.config import Config
 from raydistill.errors import LostError, ResourceError, RunError, RunStopped, UserError, disk_errors
 from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import PATIENCE_S, Pools
-from raydistill.signals import StopClock, stop_on_signals
+from raydistill.signals import StopClock, cancel_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from raydistill.attempt import Attempt
@@ -160,9 +161,16 @@ def make_pools(config: Config) -> Pools:
 
 def run(config: Config, pools: Pools | None = None, console: Console | None = None) -> RunSummary:
     """Distil one student; returns when it is exported. Raises UserError before anything starts, RunError afterwards."""
+    console = console or Console(stderr=True)
+
+    async def whole() -> RunSummary:
+        with cancel_on_signals():
+            return await Launch(config, pools, console).run()
+
     try:
-        return asyncio.run(Launch(config, pools, console or Console(stderr=True)).run())
-    except asyncio.CancelledError:  # by a second signal, or because stopping took too long
+        return asyncio.run(whole())
+    except (asyncio.CancelledError, KeyboardInterrupt):  # cancelled by a signal, or because stopping took too long
+        console.show_cursor()  # a bar that was left behind has hidden it
         raise KeyboardInterrupt from None
 
 
@@ -206,28 +214,29 @@ class Launch:
         from raydistill.preflight.placement import check_placement, node_resources
         from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
         from raydistill.recovery.lease import held_async
-        from raydistill.recovery.resume import find_checkpoint, locked, run_folder, run_storage
+        from raydistill.recovery.resume import check_steps, find_checkpoint, locked, run_folder, run_storage
         from raydistill.recovery.run_storage import RunStorage, settled
         from raydistill.results.recorded import recorded
 
         start = time.time()
         check_writable(self._config)
-        await asyncio.to_thread(check_storage, self._config)
-        # In a thread: other runs may share this event loop.
-        inputs = self._inputs = await asyncio.to_thread(load_inputs, self._config, self._console, self._within.datasets)
+        await aside(check_storage, self._config)
+        # In a thread: other runs may share this event loop, and a signal is to end this one at once.
+        inputs = self._inputs = await aside(load_inputs, self._config, self._console, self._within.datasets)
         config = self._config = inputs.config
-        self._findings = await asyncio.to_thread(self._examine, inputs)
-        self._folder = await asyncio.to_thread(run_folder, config, inputs.data.fingerprint)
+        self._findings = await aside(self._examine, inputs)
+        self._folder = await aside(run_folder, config, inputs.data.fingerprint)
         start_cluster(config)
         check_placement(config, node_resources(ray.nodes()))
-        await asyncio.to_thread(check_nodes_reach_storage, config)
+        await aside(check_nodes_reach_storage, config)
         self._seconds["checks"] = time.time() - start
         stored = run_storage(config, self._folder)
         self._storage = None if stored is None else RunStorage(self._folder, stored)
         async with AsyncExitStack() as alone:
             alone.enter_context(locked(self._folder))
             await alone.enter_async_context(held_async(stored, self._say))
-            point = await asyncio.to_thread(find_checkpoint, self._folder, stored)
+            point = await aside(find_checkpoint, self._folder, stored)
+            check_steps(self._folder, point, config.trainer.num_steps)
             async with settled(self._storage, self._console, self._clock.limit) as expected:
                 # Everything from here on is in the run's record, failures included.
                 with (
@@ -290,7 +299,7 @@ class Launch:
         try:
             while True:
                 if self._storage is not None:
-                    await asyncio.to_thread(self._storage.bring, sampled, point.version)
+                    await aside(self._storage.bring, sampled, point.version)
                 self._go_on_at(point, record)
                 keeper.restore(evaluations_of(self._folder), point.version)
                 self._attempt = Attempt(
@@ -304,7 +313,7 @@ class Launch:
                     return await self._export(record, self._attempt, keeper, summary)
                 except LostError as error:
                     stored = None if self._storage is None else self._storage.run
-                    got_to, point = point.version, await asyncio.to_thread(find_checkpoint, self._folder, stored)
+                    got_to, point = point.version, await aside(find_checkpoint, self._folder, stored)
                     failures = failures + 1 if point.version == got_to else 1
                     if self._clock.is_started:  # lost while it stopped: no time to start another
                         raise RunStopped(point.version) from error
@@ -352,7 +361,7 @@ class Launch:
             checkpoint, export, extra, None if storage is None else storage.run
         )
         if storage is not None:
-            await asyncio.to_thread(storage.bring_finished, checkpoint, export, written)
+            await aside(storage.bring_finished, checkpoint, export, written)
         codes_hash = written.codes_hash
         trained = read_description(checkpoint).get("codes_hash")
         if trained is not None and codes_hash != trained:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def start_ray(**options: Any) -> None:
     for tries_left in reversed(range(START_TRIES)):
         others = set(psutil.Process().children(recursive=True))
         try:
-            ray.init(**options)
+            with _sigterm_kept():
+                ray.init(**options)
             return
         except Exception as error:
             if type(error) is not Exception or "startup" not in str(error):  # what Ray raises when it gives up waiting
@@ -42,6 +44,17 @@ def start_ray(**options: Any) -> None:
                     f"Ray's own processes did not start in time, {START_TRIES} times; if this machine is busy try again when "
                     "it is less so, else look at the logs under /tmp/ray/session_latest/logs"
                 ) from error
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself and would end the process without a word, also where somebody listens already."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,7 @@ def result_differences(recorded: Path, now: Path) -> tuple[list[Difference], flo
     """Steps, losses, data and held-out metrics that differ, and the largest difference of a step's loss."""
     before, after = _losses(recorded), _losses(now)
     shared = before.keys() & after.keys()
-    gaps = {step: abs(before[step] - after[step]) for step in shared}
+    gaps = {step: _gap(before[step], after[step]) for step in shared}
     largest = max(gaps.values(), default=float("inf"))
     found = []
     if before.keys() != after.keys():
@@ -198,6 +199,14 @@ def result_differences(recorded: Path, now: Path) -> tuple[list[Difference], flo
     pairs = {"data fingerprint": fingerprints} | _metric_pairs(recorded, now)
     found += _differences({k: str(a) for k, (a, _) in pairs.items()}, {k: str(b) for k, (_, b) in pairs.items()})
     return found, largest
+
+
+def _gap(recorded: float, now: float) -> float:
+    """Between two losses. A step that was skipped may have NaN: the same as another NaN, as far as can be from a number."""
+    if recorded == now or (isnan(recorded) and isnan(now)):
+        return 0.0
+    gap = abs(recorded - now)
+    return inf if isnan(gap) else gap
 
 
 def _metric_pairs(recorded: Path, now: Path) -> dict[str, list[Any]]:

@@ -48,6 +48,37 @@ class StopClock:
 
 
 @contextmanager
+def cancel_on_signals() -> Iterator[None]:
+    """While the body runs, a signal cancels it: there is nothing to save yet. A second one raises KeyboardInterrupt.
+
+    Only in the main thread of a process, as below. A `stop_on_signals` within it goes first.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    is_asked = False
+
+    def on_signal(*_: object) -> None:
+        nonlocal is_asked
+        if is_asked:
+            raise KeyboardInterrupt
+        is_asked = True
+        loop.call_soon_threadsafe(task.cancel)  # wakes the loop as well
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number in SIGNALS:
+            signal.signal(number, on_signal)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, before[number])
+
+
+@contextmanager
 def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console, clock: StopClock) -> Iterator[None]:
     """While the body runs, a signal calls `stop`; if the body has not ended by itself in time, it is cancelled.
 

@@ -55,10 +55,13 @@ def set_aside(run: Storage) -> None:
         run.move_to(Storage(f"{run.url}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
-def newest_here(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest version that lies whole on this disk, with its ledgers; and a line for each newer one that does not."""
+def newest_here(run_folder: Path, newest: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest version that lies whole on this disk, with its ledgers; and a line for each newer one that does not.
+
+    newest: versions after this one do not count.
+    """
     return newest_checkpoint(
-        run_folder / CHECKPOINTS, lambda folder: ledger_problem(run_folder, read_description(folder))
+        run_folder / CHECKPOINTS, lambda folder: ledger_problem(run_folder, read_description(folder)), newest
     )
 
 
@@ -66,7 +69,7 @@ def newest_of_both(run_folder: Path, run: Storage) -> tuple[Path | None, list[st
     """The newest version that is whole, here or there, whole on this disk; and a line for each newer one that is not.
 
     One that the storage does not have yet is brought there, so that ranks on other disks find it. While the storage does
-    not answer, this disk alone counts.
+    not answer, this disk alone counts; StorageError where what is there cannot be brought and this disk has nothing.
     """
     root, stored = run_folder / CHECKPOINTS, StoredCheckpoints(run)
     complaints: list[str] = []
@@ -78,11 +81,17 @@ def newest_of_both(run_folder: Path, run: Storage) -> tuple[Path | None, list[st
     here = {version_of(folder) for folder in root.glob(f"{PREFIX}*")}
     for version in sorted(here | there, reverse=True):
         folder = checkpoint_folder(root, version)
-        problem = stored.bring(root, version) if version in there else damage(folder)
-        if problem is not None and version in there and folder.exists() and damage(folder) is None:
-            there.discard(version)  # the copy there is the damaged one
-            problem = None
-        problem = problem or ledger_problem(run_folder, read_description(folder), run)
+        try:
+            problem = stored.bring(root, version) if version in there else damage(folder)
+            if problem is not None and version in there and folder.exists() and damage(folder) is None:
+                there.discard(version)  # the copy there is the damaged one
+                problem = None
+            problem = problem or ledger_problem(run_folder, read_description(folder), run)
+        except StorageError as error:
+            checkpoint, further = newest_here(run_folder, version)
+            if checkpoint is None:
+                raise
+            return checkpoint, [*complaints, str(error), *further]
         if problem is None:
             if version not in there:
                 try:

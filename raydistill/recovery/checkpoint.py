@@ -153,11 +153,14 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_checkpoint(
-    root: Path, further: Callable[[Path], str | None] = lambda _: None
+    root: Path, further: Callable[[Path], str | None] = lambda _: None, newest: int | None = None
 ) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that is damaged. further: says what else is wrong with one."""
+    """The newest whole checkpoint, and a line for each newer one that is damaged. further: says what else is wrong with one;
+    newest: versions after this one do not count."""
     complaints: list[str] = []
     for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+        if newest is not None and version_of(folder) > newest:
+            continue
         problem = damage(folder) or further(folder)
         if problem is None:
             return folder, complaints

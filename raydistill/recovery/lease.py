@@ -10,7 +10,6 @@ as soon as either renews. On one disk `recovery.resume.locked` does the same at 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from raydistill.background import aside
 from raydistill.errors import StorageError, UserError
 from raydistill.recovery.storage import Storage
 
@@ -122,7 +122,7 @@ def held(run: Storage | None, say: Say = _unheard) -> Iterator[None]:
 async def held_async(run: Storage | None, say: Say) -> AsyncIterator[None]:
     """The same beside other work of an event loop."""
     with ExitStack() as stack:
-        await asyncio.to_thread(stack.enter_context, held(run, say))
+        await aside(stack.enter_context, held(run, say))
         yield
 
 

@@ -216,6 +216,16 @@ def find_checkpoint(folder: Path, storage: Storage | None = None) -> ResumePoint
     )
 
 
+def check_steps(folder: Path, point: ResumePoint, num_steps: int) -> None:
+    """UserError where a run would have to go back: it has trained more steps than it is now asked for."""
+    if point.version > num_steps:
+        raise UserError(
+            f"trainer.num_steps={num_steps}, but {folder} has trained {point.version} steps already; ask for at least "
+            f"{point.version}, start it anew with --resume never (which sets the old folder aside), or take the student as it "
+            f"is: `raydistill export {folder} --to FOLDER --checkpoint {point.version}`"
+        )
+
+
 def last_status(folder: Path) -> str | None:
     """How a run's last life ended: finished, failed, interrupted, or "unfinished"; None where there is no record."""
     return status_of(read_record(folder))

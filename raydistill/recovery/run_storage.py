@@ -6,7 +6,6 @@ the best version go from here, in a thread.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from raydistill.background import aside
 from raydistill.errors import RunError, StorageError
 from raydistill.messages import Exported
 from raydistill.progress import say
@@ -145,11 +145,11 @@ async def settled(
     try:
         yield expected
     except BaseException:
-        left = await asyncio.to_thread(storage.settle, limit(STOP_S), storage.newest_here())
+        left = await aside(storage.settle, limit(STOP_S), storage.newest_here())
         if left:
             say(console, f"warning: {storage.what_is_left(left)}", style="yellow")
         raise
-    left = await asyncio.to_thread(storage.settle, FINISH_S, expected)
+    left = await aside(storage.settle, FINISH_S, expected)
     if left:
         raise RunError(
             f"{storage.what_is_left(left)}. The run has finished: bring it there with `{storage.push_command}`"

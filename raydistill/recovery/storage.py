@@ -14,14 +14,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
+from raydistill.background import begin
 from raydistill.errors import StorageError, UserError
 
 Answer = TypeVar("Answer")
@@ -170,7 +169,7 @@ class Storage:
             try:
                 if limit <= 0:
                     raise TimeoutError
-                return _within(limit, lambda: call(*_open(self.url)))
+                return begin(lambda: call(*_open(self.url)), "run-storage").result(limit)
             except (FileNotFoundError, UserError):
                 raise
             except Exception as error:  # every kind of storage has errors of its own
@@ -208,20 +207,6 @@ def _options(scheme: str) -> dict[str, Any]:
     if scheme in ("s3", "s3a"):
         return {"config_kwargs": S3, "use_listings_cache": False, "skip_instance_cache": True}
     return {"use_listings_cache": False}
-
-
-def _within(limit_s: float, call: Callable[[], Answer]) -> Answer:
-    """The call's answer; TimeoutError after a while, and the call is left behind: a thread cannot be ended."""
-    answer: Future[Answer] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    Thread(target=work, name="run-storage", daemon=True).start()
-    return answer.result(limit_s)
 
 
 def _may_pass(error: Exception) -> bool:

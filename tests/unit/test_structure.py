@@ -20,7 +20,7 @@ MAY_IMPORT_ONLY = {
     "raydistill.errors": (),
     "raydistill.messages": ("raydistill.errors",),
     "raydistill.config": (*CONFIG, "raydistill.errors", "raydistill.quant.formats"),  # the formats are plain data
-    "raydistill.cli": (*CONFIG, "raydistill.errors", "raydistill.quiet"),
+    "raydistill.cli": (*CONFIG, "raydistill.errors", "raydistill.quiet", "raydistill.background"),
     "raydistill.roles": (*CONFIG, "raydistill.errors", "raydistill.messages"),
     "raydistill.health": ("raydistill.errors", "raydistill.messages"),  # pure judgements about messages
     "raydistill.loop": (
@@ -34,6 +34,7 @@ MAY_IMPORT_ONLY = {
     "raydistill.recovery": (
         *CONFIG,
         "raydistill.errors",
+        "raydistill.background",
         "raydistill.messages",
         "raydistill.merge",
         "raydistill.roles",
@@ -135,6 +136,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "mlflow", "lm_eval
 
 # Waits for another process without a time limit of their own, and what limits them. Every other one has one where it stands.
 MAY_WAIT = {
+    "raydistill.background.aside": "a thread of this process, whose own waits are limited; a signal leaves it behind",
     "raydistill.trainer.worker.serve": "an idle crew waits for a job as long as its driver lives",
     "raydistill.trainer.crew.wait_done": "TrainerGroup.finish gives it trainer.timeout_s",
     "raydistill.trainer.crew._answer": "TrainerGroup.start gives it START_TIMEOUT_S, TrainerCrew.end its patience",

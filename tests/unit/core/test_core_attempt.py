@@ -3,6 +3,9 @@
 import asyncio
 import errno
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +17,15 @@ from rich.console import Console
 from raydistill import attempt as attempt_module
 from raydistill.attempt import Attempt
 from raydistill.config import Config
-from raydistill.errors import LostError, RunError, RunStopped
-from raydistill.launch import CLOSE_S, Launch
+from raydistill.errors import LostError, RunError, RunStopped, UserError
+from raydistill.launch import CLOSE_S, Launch, run
 from raydistill.messages import Exported
 from raydistill.recovery.resume import ResumePoint
 from raydistill.report import plots
 from raydistill.roles import PATIENCE_S, Pools
 from raydistill.trainer.crew import GIVE_UP_S, HURRY_S
 
+PREPARATION_S = 20.0
 START = ResumePoint(folder=None, version=0, skipped=0, steps={})
 
 
@@ -134,6 +138,46 @@ def test_pools_of_a_run_that_was_stopped_are_closed_in_a_hurry(
     with pytest.raises(RunError if gives_up else RunStopped):
         asyncio.run(launch._train(SimpleNamespace(last_step=None, warning=lambda text: None), START))
     assert events == [None, CLOSE_S if is_stopped else PATIENCE_S]
+
+
+def test_a_signal_during_the_preparation_ends_the_command_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A world's teacher may train for minutes, and a storage may hang; nothing waits for either."""
+    give_up, threads = threading.Event(), list[threading.Thread]()
+
+    def load(*_: Any) -> None:
+        threads.append(threading.current_thread())
+        os.kill(os.getpid(), signal.SIGINT)
+        give_up.wait(PREPARATION_S)
+
+    monkeypatch.setattr("raydistill.inputs.load_inputs", load)
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(Config.model_validate({"run": {"output": tmp_path}}), console=Console(quiet=True))
+    finally:
+        took_s = time.monotonic() - start
+        give_up.set()
+        threads[0].join()
+    assert took_s < PREPARATION_S / 2
+
+
+def test_a_run_is_not_trained_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at 7, and now asked for 4: said before the record, and before anything is trained."""
+    at_7 = ResumePoint(folder=tmp_path, version=7, skipped=0, steps={})
+    config = Config.model_validate({"run": {"output": tmp_path, "name": "a"}, "trainer": {"num_steps": 4}})
+    inputs = SimpleNamespace(config=config, data=SimpleNamespace(fingerprint="data-1"))
+    monkeypatch.setattr("raydistill.inputs.load_inputs", lambda *_: inputs)
+    monkeypatch.setattr("raydistill.recovery.resume.find_checkpoint", lambda *_: at_7)
+    monkeypatch.setattr("raydistill.preflight.placement.check_placement", lambda *_: None)
+    monkeypatch.setattr("raydistill.preflight.placement.node_resources", lambda *_: [])
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr("raydistill.launch.start_cluster", lambda _: None)
+    monkeypatch.setattr(Launch, "_examine", lambda *_: [])
+    with pytest.raises(UserError, match=r"^trainer\.num_steps=4, but .*runs/a has trained 7 steps already"):
+        run(config, console=Console(quiet=True))
+    assert not (tmp_path / "runs" / "a" / "record.jsonl").exists()
 
 
 def test_plots_that_do_not_fit_the_disk_end_the_run_with_one_line(

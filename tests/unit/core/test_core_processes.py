@@ -1,5 +1,6 @@
 """Ray's own processes on a machine that is too busy for them."""
 
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -50,6 +51,18 @@ def test_a_ray_that_never_starts_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RunError, match=r"did not start in time, 3 times; if this machine is busy"):
         start_ray(address="local")
     assert slow.end() == [-9] * START_TRIES
+
+
+def test_who_listens_to_sigterm_still_does_when_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    monkeypatch.setattr("raydistill.processes.ray.init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    try:
+        start_ray(address="local")
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 def test_other_errors_of_rays_pass_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

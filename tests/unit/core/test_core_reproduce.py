@@ -1,6 +1,7 @@
 """Comparing a run with its reproduction: what is listed, and how large the difference is."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from raydistill.reproduce import (
 )
 from raydistill.results.record import RunRecord
 from raydistill.results.record_lines import require_start
+
+LOSSES = {"a": [0.5, math.nan, math.inf], "b": [0.5, math.nan, math.inf], "c": [0.5, 0.25, math.inf]}
 
 
 def record(folder: Path, losses: list[float], kl: float = 0.5, data: str = "d1", **config: Any) -> Path:
@@ -47,6 +50,16 @@ def test_the_first_loss_that_differs_is_named_with_the_largest_difference(tmp_pa
         ("data fingerprint", "d1", "d2"),
         ("evaluate/kl_nats of version 2", "0.5", "0.75"),
     ]
+
+
+def test_a_loss_that_is_no_number_equals_its_like_and_nothing_else(tmp_path: Path) -> None:
+    """Steps are skipped where the loss is NaN, and that may happen."""
+    skipped, again_, other = (record(tmp_path / name, losses) for name, losses in LOSSES.items())
+    assert result_differences(skipped, again_) == ([], 0.0)
+    for runs in ((skipped, other), (other, skipped)):
+        found, largest = result_differences(*runs)
+        assert largest == float("inf")
+        assert [d.what for d in found] == ["loss, from step 1"]
 
 
 def test_a_run_that_ended_early_is_no_reproduction(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from rich.console import Console
 
-from raydistill.signals import StopClock, stop_on_signals
+from raydistill.signals import StopClock, cancel_on_signals, stop_on_signals
 
 PATIENCE_S = 20.0  # far above what a busy machine needs, far below what a hanging trainer would take
 SOON_S = 0.1
@@ -89,6 +89,45 @@ def test_a_second_signal_ends_the_body_at_once() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         interrupted(body, forever, StopClock(body_s=2 * PATIENCE_S, all_s=2 * PATIENCE_S), num_signals=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_there_is_anything_to_save_the_first_signal_ends_the_body(number: signal.Signals) -> None:
+    async def body() -> None:
+        with cancel_on_signals():
+            asyncio.get_running_loop().call_later(SOON_S, signal.raise_signal, number)
+            await forever()
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(asyncio.wait_for(body(), PATIENCE_S))
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_ends_what_does_not_heed_the_first() -> None:
+    async def body() -> None:
+        with cancel_on_signals():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(body())
+
+
+def test_once_there_is_something_to_save_the_first_signal_asks_for_it() -> None:
+    stopped = asyncio.Event()
+
+    async def stop() -> None:
+        stopped.set()
+
+    async def body() -> str:
+        with cancel_on_signals(), stop_on_signals(stop, Console(file=io.StringIO()), StopClock()):
+            asyncio.get_running_loop().call_later(SOON_S, signal.raise_signal, signal.SIGINT)
+            await stopped.wait()
+            return "checkpoint"
+
+    assert asyncio.run(body()) == "checkpoint"
 
 
 def test_what_ends_after_a_stop_gets_what_is_left_of_the_time() -> None:

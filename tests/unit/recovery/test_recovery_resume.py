@@ -8,7 +8,16 @@ import pytest
 
 from raydistill.config import Config
 from raydistill.errors import UserError
-from raydistill.recovery.resume import LOCK, find_checkpoint, goes_on_with, last_status, locked, run_folder
+from raydistill.recovery.resume import (
+    LOCK,
+    ResumePoint,
+    check_steps,
+    find_checkpoint,
+    goes_on_with,
+    last_status,
+    locked,
+    run_folder,
+)
 from raydistill.results.record import RunRecord
 
 DATA = "data-1"
@@ -142,6 +151,15 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
         pass
     with locked(folder):
         pass
+
+
+def test_a_run_does_not_go_back_behind_what_it_has_trained(tmp_path: Path) -> None:
+    point = ResumePoint(folder=tmp_path / "checkpoints" / "step-000500", version=500, skipped=0, steps={})
+    check_steps(tmp_path, point, 500)
+    with pytest.raises(UserError) as wrong:
+        check_steps(tmp_path, point, 300)
+    for part in ("trainer.num_steps=300", "500 steps", "at least 500", "--resume never", "--checkpoint 500"):
+        assert part in str(wrong.value)
 
 
 def test_without_a_checkpoint_a_run_starts_at_its_beginning(tmp_path: Path) -> None:

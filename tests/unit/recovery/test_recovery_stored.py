@@ -160,6 +160,54 @@ def test_a_lost_trainer_goes_on_from_the_disk_while_the_storage_is_away(
     assert newest_of_both(root.parent, run) == (newest, ["run.storage='...' does not answer"])
 
 
+def away(*_: object, **__: object) -> None:
+    raise StorageError("run.storage='...' does not answer")
+
+
+@pytest.mark.parametrize("method", ["read", "get"])
+@pytest.mark.parametrize("harm", [None, "cut", "ledger"])
+def test_a_storage_that_goes_away_in_the_midst_leaves_what_the_disk_has(
+    root: Path, run: Storage, monkeypatch: pytest.MonkeyPatch, harm: str | None, method: str
+) -> None:
+    """It has listed its versions, and then does not give them; the newest one never was on this disk."""
+    for version in (2, 4, 6):
+        StoredCheckpoints(run).put(save_with_ledger(root, version))
+    put_folder(root.parent / "ledger", run.below("ledger"))
+    shutil.rmtree(checkpoint_folder(root, 6))
+    if harm == "cut":
+        (checkpoint_folder(root, 4) / "weights.safetensors").write_bytes(b"")
+    elif harm == "ledger":
+        ledger_path(root.parent, 1).write_bytes(b"1" * 30)
+    monkeypatch.setattr(Storage, method, away)
+    found, (complaint, *further) = newest_of_both(root.parent, run)
+    assert found == checkpoint_folder(root, 2 if harm else 4)
+    assert complaint == "run.storage='...' does not answer"
+    assert [("step-000004" in line, "is damaged" in line) for line in further] == ([(True, True)] if harm else [])
+
+
+def test_a_ledger_that_cannot_be_asked_for_leaves_the_version_before_it(
+    root: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both versions are on this disk alone, the newer one's ledger is not."""
+    for version in (2, 4):
+        save_with_ledger(root, version)
+    ledger_path(root.parent, 1).write_bytes(b"1" * 30)
+    monkeypatch.setattr(Storage, "read", away)
+    found, complaints = newest_of_both(root.parent, run)
+    assert found == checkpoint_folder(root, 2)
+    assert len(complaints) == 2
+
+
+def test_a_storage_that_goes_away_with_all_there_is_ends_the_run(
+    root: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StoredCheckpoints(run).put(save(root, 4))
+    (checkpoint_folder(root, 4) / "weights.safetensors").unlink()
+    monkeypatch.setattr(Storage, "get", away)
+    with pytest.raises(StorageError, match="does not answer"):
+        newest_of_both(root.parent, run)
+
+
 def test_a_version_of_another_life_gives_way_to_the_one_there(root: Path, run: Storage) -> None:
     StoredCheckpoints(run).put(save(root, 4, value=0.25))
     folder = save(root, 4, value=0.5)

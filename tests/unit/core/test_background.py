@@ -1,0 +1,98 @@
+"""Calls in threads: their answers, and what a process does about one that it leaves behind."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import TimeoutError as LateError
+
+import pytest
+
+from raydistill.background import aside, begin
+
+SOON_S = 30.0  # far above what a busy machine needs, far below what the calls take
+SLEEPS = "import time; time.sleep(600)"
+TRAINS = "[layer(torch.ones(64, 64)).sum().backward() for _ in iter(int, 1)]"
+SCRIPT = """
+import asyncio
+from raydistill.background import aside
+from raydistill.cli import main_with_errors
+from raydistill.signals import cancel_on_signals
+
+{begin}
+
+def work():
+    print("at work", flush=True)
+    {work}
+
+async def whole():
+    with cancel_on_signals():
+        await aside(work)
+
+def command(_):
+    try:
+        asyncio.run(whole())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+raise SystemExit(main_with_errors(command, []))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "begin_with", "work"),
+    [
+        (signal.SIGINT, "", SLEEPS),
+        (signal.SIGTERM, "", SLEEPS),
+        (signal.SIGINT, "import torch; layer = torch.nn.Linear(64, 64)", TRAINS),
+    ],
+    ids=["SIGINT", "SIGTERM", "torch"],
+)
+def test_a_process_that_is_interrupted_does_not_wait_for_the_call(
+    number: signal.Signals, begin_with: str, work: str
+) -> None:
+    """One that trains comes back from C++ again and again: at the end of an interpreter that is an abort."""
+    script = SCRIPT.format(begin=begin_with, work=work)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "at work\n"
+        process.send_signal(number)
+        try:
+            _, complaint = process.communicate(timeout=SOON_S)
+        finally:
+            process.kill()
+    assert (process.returncode, complaint) == (130, "interrupted\n")
+
+
+def test_answers_and_errors_come_back() -> None:
+    async def both() -> int:
+        with pytest.raises(ZeroDivisionError):
+            await aside(divmod, 1, 0)
+        return await aside(int, "11", base=2)
+
+    assert asyncio.run(both()) == 3
+    with pytest.raises(LateError):
+        begin(lambda: time.sleep(1)).result(0.01)
+
+
+def test_a_call_that_was_left_behind_ends_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    go, threads = threading.Event(), list[threading.Thread]()
+
+    def work() -> None:
+        threads.append(threading.current_thread())
+        go.wait(SOON_S)
+
+    async def leave() -> None:
+        task = asyncio.ensure_future(aside(work))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+
+    asyncio.run(leave())
+    go.set()
+    threads[0].join(SOON_S)
+    assert capsys.readouterr().err == ""
