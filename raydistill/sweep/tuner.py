@@ -39,6 +39,7 @@ QUIET = {  # the sweep's own lines, state and page say it
 }
 MAX_HOST_DEATHS = 5  # met by one trial; a host that dies oftener has a cause that starting it again does not cure
 HOST_PAUSE_S = 2.0
+LATE_S = 30.0  # for the last reports of a run that is over
 THIN = 0.001  # of a resource, for a trial's own process, which only waits; Tune wants more than nothing
 
 
@@ -116,7 +117,7 @@ def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
     done = host.run.remote(name, point)
     is_over = False
     try:
-        while (report := ray.get(host.next_report.remote(name))) is not None:
+        while (report := _next_report(host, name, done)) is not None:
             tune.report(report)  # a scheduler that has seen enough ends this process here
         summary: dict[str, Any] = ray.get(done)
         is_over = True
@@ -127,6 +128,16 @@ def _run(host: Any, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
     finally:
         if not is_over:
             host.stop.remote(name)
+
+
+def _next_report(host: Any, name: str, done: Any) -> dict[str, float] | None:
+    """None: there are no more, or the host that ran the trial is gone, and the new one knows of none."""
+    told = host.next_report.remote(name)
+    ray.wait([told, done], num_returns=1)
+    if not ray.wait([told], timeout=LATE_S)[0]:
+        return None
+    report: dict[str, float] | None = ray.get(told)
+    return report
 
 
 def _domains(sweep: Sweep) -> dict[str, Any]:

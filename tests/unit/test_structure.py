@@ -141,6 +141,7 @@ MAY_WAIT = {
     "raydistill.trainer.crew.wait_done": "TrainerGroup.finish gives it trainer.timeout_s",
     "raydistill.trainer.crew._answer": "TrainerGroup.start gives it START_TIMEOUT_S, TrainerCrew.end its patience",
     "raydistill.trainer.group._answer": "_within and _trained give it theirs",
+    "raydistill.sweep.tuner._next_report": "evaluations come as the run, each of whose calls is limited, gets there",
     "raydistill.sweep.tuner._run": "a trial takes as long as its run, each of whose calls is limited",
 }
 
