@@ -131,7 +131,8 @@ def test_pools_of_a_run_that_was_stopped_are_closed_in_a_hurry(
     Attempts.run = run  # type: ignore[attr-defined]
     monkeypatch.setattr(attempt_module, "Attempt", Attempts)
     launch: Any = Launch(Config(), None, Console(quiet=True))
-    launch._folder, launch._inputs, launch._pools = tmp_path, None, Pools(rollouts=Pool(), trainers=Pool())
+    launch._folder, launch._pools = tmp_path, Pools(rollouts=Pool(), trainers=Pool())
+    launch._inputs = SimpleNamespace(data=SimpleNamespace(held_out=()))
     if is_stopped:
         launch._clock.start()
     gives_up = run is lost and not is_stopped  # after a few attempts
