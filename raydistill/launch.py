@@ -20,7 +20,7 @@ from rich.console import Console
 
 from raydistill.background import aside
 from raydistill.config import Config
-from raydistill.errors import LostError, ResourceError, RunError, RunStopped, UserError, disk_errors
+from raydistill.errors import LostError, ResourceError, RunError, RunStopped, disk_errors
 from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import PATIENCE_S, Pools
@@ -81,7 +81,7 @@ def start_cluster(config: Config) -> None:
     """Join the Ray cluster, or start a local one. Does nothing if this process is connected already."""
     import ray
 
-    from raydistill.processes import start_ray
+    from raydistill.processes import check_address, no_answer, start_ray
     from raydistill.quiet import ray_speaks_on_stderr
 
     ray_speaks_on_stderr()
@@ -99,7 +99,13 @@ def start_cluster(config: Config) -> None:
         os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
         os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3600")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {} if address else {"num_cpus": config.cluster.num_cpus}
+    options: dict[str, Any] = {}
+    if address:
+        check_address(address)
+    else:
+        options["num_cpus"] = config.cluster.num_cpus
+        # With Ray's 5 s a machine that is busy for that long looks like a lost cluster.
+        os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "30")
     try:
         start_ray(
             address=address or "local",  # without one, Ray would join whatever cluster it finds on this machine
@@ -109,10 +115,7 @@ def start_cluster(config: Config) -> None:
             **options,
         )
     except ConnectionError as error:
-        raise UserError(
-            f"cluster.address={address!r} does not answer ({str(error).splitlines()[0]}); start it with "
-            "`ray start --head`, or leave the field out for a local cluster"
-        ) from error
+        raise no_answer(address, error) from error
 
 
 def _make_rollouts(config: Config) -> Any:

@@ -1,9 +1,10 @@
-"""Processes of the cluster: starting Ray's own, and ending one of any node that no longer listens."""
+"""Processes of the cluster: starting Ray's own or joining them, and ending one of any node that no longer listens."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,8 +16,9 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydistill.errors import RunError
+from raydistill.errors import RunError, UserError
 
+ANSWER_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 20.0
 START_TRIES = 3
 
@@ -44,6 +46,32 @@ def start_ray(**options: Any) -> None:
                     f"Ray's own processes did not start in time, {START_TRIES} times; if this machine is busy try again when "
                     "it is less so, else look at the logs under /tmp/ray/session_latest/logs"
                 ) from error
+
+
+def check_address(address: str) -> None:
+    """UserError if nothing listens at this `HOST:PORT`: Ray would try it for more than five minutes.
+
+    Other kinds of address ("auto", "ray://...") are Ray's to judge, but for a dashboard's, which it does not understand.
+    """
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"the cluster's address {address!r} (cluster.address, or RAY_ADDRESS) is that of its dashboard, where "
+            "`ray job submit` takes jobs; a run joins HOST:PORT of `ray start --head`, 6379 if it was not told otherwise"
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise no_answer(address, error) from error
+
+
+def no_answer(address: str | None, error: Exception) -> UserError:
+    """For a cluster that cannot be joined."""
+    return UserError(
+        f"the cluster's address {address!r} (cluster.address, or RAY_ADDRESS) does not answer ({str(error).splitlines()[0]}); "
+        "start it with `ray start --head`, or leave both out for a local cluster"
+    )
 
 
 @contextmanager

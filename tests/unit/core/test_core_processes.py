@@ -1,14 +1,17 @@
-"""Ray's own processes on a machine that is too busy for them."""
+"""Ray's own processes on a machine that is too busy for them, and a cluster that is not there."""
 
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from raydistill.errors import RunError
-from raydistill.processes import START_TRIES, start_ray
+from raydistill.config import Config
+from raydistill.errors import RunError, UserError
+from raydistill.launch import start_cluster
+from raydistill.processes import START_TRIES, check_address, start_ray
 
 TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
@@ -76,3 +79,25 @@ def test_other_errors_of_rays_pass_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConnectionError, match="nobody there"):
         start_ray(address="10.0.0.1:1")
     assert len(tries) == 1
+
+
+def test_an_address_where_nobody_listens_is_refused_before_ray_tries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydistill.processes.ray.init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        check_address(address)
+    with pytest.raises(
+        UserError, match=rf"'{address}' \(cluster.address, or RAY_ADDRESS\) does not answer \(.*refused\)"
+    ):
+        start_cluster(Config.model_validate({"cluster": {"address": address}}))
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://head:10001", "local"])
+def test_what_is_not_host_and_port_is_left_to_ray(address: str) -> None:
+    check_address(address)
+
+
+def test_a_dashboards_address_is_told_apart() -> None:
+    with pytest.raises(UserError, match=r"'http://127.0.0.1:8265' .* is that of its dashboard"):
+        check_address("http://127.0.0.1:8265")
