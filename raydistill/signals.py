@@ -48,10 +48,33 @@ class StopClock:
 
 
 @contextmanager
+def _taken(
+    take: Callable[[signal.Signals], object], leave: Callable[[signal.Signals], object] = lambda number: None
+) -> Iterator[None]:
+    """While the body runs, the signals are taken; afterwards who had them before has them again.
+
+    Only in the main thread of a process: elsewhere signals are somebody else's.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number in SIGNALS:
+            take(number)
+    except (ValueError, RuntimeError):  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            leave(number)
+            signal.signal(number, before[number])
+
+
+@contextmanager
 def cancel_on_signals() -> Iterator[None]:
     """While the body runs, a signal cancels it: there is nothing to save yet. A second one raises KeyboardInterrupt.
 
-    Only in the main thread of a process, as below. A `stop_on_signals` within it goes first.
+    A `stop_on_signals` within it goes first.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -64,26 +87,13 @@ def cancel_on_signals() -> Iterator[None]:
         is_asked = True
         loop.call_soon_threadsafe(task.cancel)  # wakes the loop as well
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        for number in SIGNALS:
-            signal.signal(number, on_signal)
-    except ValueError:  # not the main thread
+    with _taken(lambda number: signal.signal(number, on_signal)):
         yield
-        return
-    try:
-        yield
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, before[number])
 
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console, clock: StopClock) -> Iterator[None]:
-    """While the body runs, a signal calls `stop`; if the body has not ended by itself in time, it is cancelled.
-
-    Only in the main thread of a process: elsewhere signals are somebody else's.
-    """
+    """While the body runs, a signal calls `stop`; if the body has not ended by itself in time, it is cancelled."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     asking: list[asyncio.Task[None]] = []
@@ -103,19 +113,10 @@ def stop_on_signals(stop: Callable[[], Awaitable[None]], console: Console, clock
         asking.append(loop.create_task(ask()))
         say(console, f"{number.name}: writing a checkpoint, then stopping (again: stop at once)", style="yellow")
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        for number in SIGNALS:
-            loop.add_signal_handler(number, on_signal, number)
-    except (ValueError, RuntimeError):  # not the main thread
-        yield
-        return
-    try:
-        yield
+        with _taken(lambda number: loop.add_signal_handler(number, on_signal, number), loop.remove_signal_handler):
+            yield
     finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-            signal.signal(number, before[number])
         if deadline is not None:
             deadline.cancel()
         for waiting in asking:

@@ -40,14 +40,10 @@ def rebuild_codes(
     adapter stays beside it. none: quantize of the trained weight; base_weights then only gives names and dtypes.
     """
     check_adapter(base_weights, adapter, mode)
-    return {name: quantize_layer(name, weight, adapter, fmt, scaling, mode) for name, weight in base_weights.items()}
-
-
-def quantize_layer(
-    name: str, weight: Tensor, adapter: Mapping[str, Tensor], fmt: WeightFormat, scaling: float, mode: Mode
-) -> QuantizedWeight:
-    """The codes of one layer, as `rebuild_codes` gives them; `adapter` may hold more than its own tensors."""
-    return quantize(_full_precision(name, weight, adapter, scaling, mode), fmt, name)
+    return {
+        name: quantize(_full_precision(name, weight, adapter, scaling, mode), fmt, name)
+        for name, weight in base_weights.items()
+    }
 
 
 def rebuild_weight(

@@ -27,15 +27,14 @@ from raydistill.quant.rebuild import (
     check_adapter,
     merged_weight,
     other_trained,
-    quantize_layer,
     rebuild_codes,
     rebuild_weight,
 )
 
 __all__ = [
     "LoraSettings", "Mode", "StudentForm", "adapter_state", "base_weight", "check_adapter", "layer_codes",
-    "load_adapter_state", "merged_weight", "other_trained", "prepare_student", "quantizable_modules", "quantize_layer",
-    "rebuild_codes", "rebuild_weight", "student_codes", "student_form",
+    "load_adapter_state", "merged_weight", "other_trained", "prepare_student", "quantizable_modules", "rebuild_codes",
+    "rebuild_weight", "student_codes", "student_form",
 ]  # fmt: skip
 
 
@@ -79,9 +78,8 @@ def layer_codes(model: nn.Module, name: str) -> QuantizedWeight:
     if name in form.frozen:
         return unpack(form.frozen[name])
     scaling = 1.0 if form.lora is None else form.lora.scaling
-    keys = (f"{name}.lora_A", f"{name}.lora_B", f"{name}.weight")
-    adapter = {key: value.detach() for key, value in _trained(model).items() if key in keys}
-    return quantize_layer(name, base_weight(model, name), adapter, form.fmt, scaling, form.mode)
+    adapter = {key: value.detach() for key, value in _trained(model).items() if key.rpartition(".")[0] == name}
+    return rebuild_codes({name: base_weight(model, name)}, adapter, form.fmt, scaling, form.mode)[name]
 
 
 def base_weight(model: nn.Module, name: str) -> Tensor:

@@ -75,9 +75,8 @@ class ResultsStore:
     def adopt(self, run_id: str, replaced: str) -> None:
         """Put the runs that lie below `replaced` below this one."""
         below = f"tags.`{PARENT_TAG}` = '{replaced}'"
-        while found := self.client.search_runs(
-            [self.experiment_id], below
-        ):  # a page; those that moved are not found again
+        # A page at a time: those that moved are not found again.
+        while found := self.client.search_runs([self.experiment_id], below):
             for run in found:
                 self.client.set_tag(run.info.run_id, PARENT_TAG, run_id)
 

@@ -236,7 +236,6 @@ class Study:
 
 def _shown(progress: Progress, task: TaskID, grids: int, console: Console) -> OnProgress:
     """The bar moves; where there is none, a line for each finished grid: GPTQ and AWQ can take minutes for one."""
-
     said = 0
 
     def on_progress(what: str, done: float) -> None:
