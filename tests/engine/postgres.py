@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 USER, PASSWORD = "raydistill", "hunter2"
-START_S = 60.0
+START_S = 240.0
 
 
 def binaries() -> Path | None:

@@ -66,7 +66,7 @@ def write(folder: Path, parent: str, num_steps: int = NUM_STEPS) -> "subprocess.
     return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), parent, str(num_steps)], env=environment)
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "waited too long"
@@ -99,7 +99,7 @@ def test_eight_writers_and_a_deliverer_killed_on_the_way_lose_and_double_nothing
     os.kill(writers[3].pid, signal.SIGKILL)
     (tmp_path / "go-on").touch()
     second = start_delivery(runs, uri, EXPERIMENT, under=True)
-    assert [writer.wait(120) for writer in writers] == [0, 0, 0, -signal.SIGKILL, 0, 0, 0, 0]
+    assert [writer.wait(600) for writer in writers] == [0, 0, 0, -signal.SIGKILL, 0, 0, 0, 0]
     sweep.end("finished")
     assert second.finish(120), (runs / "delivery.log").read_text()
     assert second.problem is None

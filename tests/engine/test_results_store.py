@@ -239,13 +239,13 @@ def test_the_page_answers_on_this_machine_and_ctrl_c_ends_all_its_processes(tmp_
         listening = [c for one in family for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
         page.send_signal(signal.SIGINT)
-        assert page.wait(30) == 0
+        assert page.wait(120) == 0
         _, alive = psutil.wait_procs(family, timeout=10)
         assert alive == []
     finally:
         if page.poll() is None:
             page.terminate()
-            page.wait(30)
+            page.wait(120)
 
 
 def _answers(url: str) -> bool:

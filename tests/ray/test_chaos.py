@@ -20,7 +20,7 @@ from raydistill.sweep.run import run_sweep
 from raydistill.sweep.spec import load_sweep
 from raydistill.sweep.state import read_state
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 KILLS = (  # trainer, feed and driver: test_resume.py
     Kill(victim="rollout", moment="generate", step=2),
@@ -68,7 +68,7 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
         result = run_sweep(sweep)
     finally:
         is_over.set()
-        thread.join(30)
+        thread.join(60)
     assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
     assert booked_now() <= booked, "a killed controller's ranks still hold what they had booked"

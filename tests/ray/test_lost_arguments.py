@@ -33,7 +33,7 @@ def test_a_dead_maker_is_told_apart_from_a_dead_worker(ray_cluster: Any) -> None
 
     async def whole() -> None:
         maker = ray_cluster.remote(Maker).options(num_cpus=0).remote()
-        pool: ActorPool[Any] = ActorPool("echo", 1, create, revive, timeout_s=120)
+        pool: ActorPool[Any] = ActorPool("echo", 1, create, revive, timeout_s=300)
         assert await pool.call(0, "echo", 5) == 5
         waiting = asyncio.ensure_future(pool.call(0, "echo", maker.make.remote()))
         await asyncio.sleep(2)

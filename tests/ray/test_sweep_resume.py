@@ -70,7 +70,7 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
                 os.killpg(sweep.pid, number)  # as a terminal does: whatever the command started hears it too
             elif number:
                 sweep.send_signal(number)
-            codes.append(sweep.wait(120))
+            codes.append(sweep.wait(300))
         if number == signal.SIGKILL:  # whatever still writes there writes to what is gone
             (tmp_path / "out").rename(tmp_path / "gone")
         else:

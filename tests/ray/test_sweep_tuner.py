@@ -122,9 +122,9 @@ def test_a_trial_that_lags_is_stopped_and_its_run_with_it(ray_cluster: Any, tmp_
 
 def wait_until_stopped(host: Any, number: int) -> list[str]:
     """The runs that the host was told to stop: their trials' processes say so on their way out, and nobody waits for it."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while True:
-        stopped: list[str] = ray.get(host.was_stopped.remote(), timeout=30)
+        stopped: list[str] = ray.get(host.was_stopped.remote(), timeout=120)
         if len(stopped) >= number or time.monotonic() > until:
             return stopped
         time.sleep(0.1)
