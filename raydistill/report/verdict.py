@@ -16,7 +16,9 @@ from raydistill.results.tables import SummaryRow, format_bytes, format_kl, recov
 Z_95 = 1.96
 ALPHA = 0.05  # the same of a p value
 SAME_SIZE = 1.01  # a merged student's scales may round a few bytes above the PTQ model's
-SMALLER_KL = 0.8  # a KL must fall to this share of the other's to count as better: it has no error bar
+SMALLER_KL = (
+    0.8  # the share of the other's to which a KL must fall to be worth a training run, however sure the difference
+)
 _MOST_RECOVERED = 0.8
 _MAX_WORTHWHILE_ROWS = 20_000
 
@@ -121,7 +123,10 @@ def _against_same_size(student: SummaryRow, rival: SummaryRow, compare: Compare)
     if gap is None:
         if kl_falls:
             return f"Worth shipping by KL alone: {student.name} beats {versus}, {kl}, exact match not measured"
-        return f"Not shown to be worth shipping: {student.name} does not clearly beat {versus}, {kl}"
+        share = _kl_recovered(student, rival)
+        if share is not None and share > 0:
+            return f"Hardly worth shipping: {student.name} is closer to the teacher than {versus} by {share:.0%} only, {kl}"
+        return f"Not shown to be worth shipping: {student.name} is no closer to the teacher than {versus}, {kl}"
     if gap.is_real and gap.value < 0:
         return f"Do not ship {student.name}: {versus} answers more rows correctly ({gap}), {kl}"
     if gap.is_real:

@@ -95,6 +95,19 @@ def test_a_difference_within_noise_is_never_called_better() -> None:
     assert "evaluate on about" in next_steps([TEACHER, INT2, student])
 
 
+@pytest.mark.parametrize(
+    ("kl_nats", "said"),
+    [
+        (0.030, "Not shown to be worth shipping: s is no closer to the teacher than the best PTQ of the same size (p)"),
+        (0.013, "Hardly worth shipping: s is closer to the teacher than the best PTQ of the same size (p) by 13% only"),
+        (0.009, "Worth shipping by KL alone: s beats the best PTQ of the same size (p)"),
+    ],
+)
+def test_without_exact_match_the_share_of_the_kl_decides(kl_nats: float, said: str) -> None:
+    ptq, student = row("p", "ptq", None, 0.015, 112_000), row("s", "student", None, kl_nats, 112_000)
+    assert verdict([ptq, student]).startswith(said)
+
+
 def test_perfect_scores_on_few_rows_are_not_certain() -> None:
     gap = difference(row("a", "student", 1.0, 0.1, 1, num_rows=4), row("b", "ptq", 0.75, 0.1, 1, num_rows=4))
     assert gap is not None
