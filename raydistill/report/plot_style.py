@@ -150,7 +150,7 @@ def log_axis(axes: Axes, which: Literal["x", "y"] = "y") -> None:
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = axis.get_data_interval()
-    is_wide = low > 0 and high / low > _MANY_DECADES
+    is_wide = 0 < low < high and high / low > _MANY_DECADES  # (inf, -inf) as long as nothing is drawn
     axis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     axis.set_minor_formatter(NullFormatter())

@@ -1,11 +1,13 @@
 """Pictures are written for full, odd and empty input; labels do not cover each other."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 from raydistill.messages import Span
 from raydistill.report.plot_labels import place_labels
+from raydistill.report.plot_style import log_axis, new_figure
 from raydistill.report.plots import plot_bytes_kl, plot_spans, plot_training
 from raydistill.results.tables import SummaryRow
 
@@ -86,3 +88,11 @@ def test_labels_do_not_cover_each_other(spread: float) -> None:
     boxes = [Text.get_window_extent(text) for text in axes.texts]  # without their lines
     plt.close(figure)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_a_log_axis_on_which_nothing_is_drawn_says_nothing() -> None:
+    _, (axes,) = new_figure(1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_axis(axes, "x")
+    assert axes.get_xscale() == "log"
