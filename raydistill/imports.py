@@ -10,6 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+UNUSED_BY_MODELS = (
+    "sklearn",  # one curve of assisted decoding
+    "scipy",  # losses of object detection
+    "boto3",  # Accelerate's questions about SageMaker
+    "chardet",  # requests has another one
+)
+
 
 @contextmanager
 def without(*packages: str) -> Iterator[None]:

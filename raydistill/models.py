@@ -17,10 +17,10 @@ from torch import nn
 
 from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
 from raydistill.errors import ModelError, ResourceError
-from raydistill.imports import without
+from raydistill.imports import UNUSED_BY_MODELS, without
 from raydistill.quant.formats import WeightFormat
 
-with without("sklearn"):  # for one curve of assisted decoding
+with without(*UNUSED_BY_MODELS):
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

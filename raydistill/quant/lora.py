@@ -1,8 +1,8 @@
 """What we use of PEFT, imported in one place: without bitsandbytes, as none of our layers is one of its own."""
 
-from raydistill.imports import without
+from raydistill.imports import UNUSED_BY_MODELS, without
 
-with without("bitsandbytes", "sklearn"):
+with without("bitsandbytes", *UNUSED_BY_MODELS):
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners import lora
 
