@@ -24,9 +24,10 @@ from raydistill.models import StudentSpec, build_student, eos_ids
 from raydistill.quant.student import adapter_state
 
 ENVIRONMENT = ENGINE_ENVIRONMENT | CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 32
+ALONE = 4  # of the prompts are also sampled one at a time
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=0, max_new_tokens=MAX_NEW_TOKENS)
-LONG_GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=30, max_new_tokens=MAX_NEW_TOKENS)
+LONG_GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=20, max_new_tokens=MAX_NEW_TOKENS)
 TURNS = (0, 1, 0, 2, 0, 1, 1)
 ADAPTERS_HELD = 2  # at once, by an engine that several runs share
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, min_new_tokens=4, max_new_tokens=MAX_NEW_TOKENS)
@@ -72,11 +73,12 @@ def ask(engine: Any, scenario: Scenario, weights: StudentWeights) -> Answers:
 
 
 def sample_orders(engine: Any, prompts: TokenRows) -> dict[str, list[Completion]]:
-    """The same prompts and seeds: again, in the opposite order, one at a time, and with other seeds."""
+    """The same prompts and seeds: again, in the opposite order, the first ones one at a time, and with other seeds."""
     rows, seeds = prompts.rows(), [1000 + i for i in range(len(prompts))]
     backwards = engine.sample(TokenRows.from_rows(rows[::-1]), SAMPLED, seeds[::-1])[::-1]
     alone = [
-        engine.sample(TokenRows.from_rows([row]), SAMPLED, [seed])[0] for row, seed in zip(rows, seeds, strict=True)
+        engine.sample(TokenRows.from_rows([row]), SAMPLED, [seed])[0]
+        for row, seed in zip(rows[:ALONE], seeds[:ALONE], strict=True)
     ]
     return {
         "first": engine.sample(prompts, SAMPLED, seeds),

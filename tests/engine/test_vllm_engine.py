@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engine_questions import (
+    ALONE,
     ENVIRONMENT,
     LONG_GREEDY,
     MAX_NEW_TOKENS,
@@ -205,7 +206,8 @@ def test_a_completion_depends_on_its_seed_and_not_on_its_batch(name: str, vllm: 
     assert ids(orders["first"]) == ids(orders["again"])
     assert ids(orders["first"]) != ids(orders["other seeds"])
     if name in FLOAT32:  # in bfloat16 the batch's shape moves a last bit
-        assert ids(orders["first"]) == ids(orders["backwards"]) == ids(orders["alone"])
+        assert ids(orders["first"]) == ids(orders["backwards"])
+        assert ids(orders["first"])[:ALONE] == ids(orders["alone"])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
