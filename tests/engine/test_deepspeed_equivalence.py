@@ -50,11 +50,23 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def shallow_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without its last layer: there are a hundred engines to build, and another layer splits as this one does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("shallow")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    AutoModelForCausalLM.from_pretrained(tiny_model, config=config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(shallow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for world_size in (1, 2):
-        arguments = [str(world_size), str(tiny_model), str(folder)]
+        arguments = [str(world_size), str(shallow_model), str(folder)]
         script = str(Path(__file__).with_name("rank_worker.py"))
         logs = [(folder / f"log-of{world_size}-{rank}.txt").open("w") for rank in range(world_size)]
         ranks = [
@@ -68,18 +80,18 @@ def outcomes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outc
             for process in ranks:
                 process.kill()
         assert codes == [0] * world_size, (folder / f"log-of{world_size}-0.txt").read_text()[-3000:]
-    return Outcomes(folder, tiny_model)
+    return Outcomes(folder, shallow_model)
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path) -> Any:
+def reference(shallow_model: Path) -> Any:
     """Plain torch's result for a case, whatever its split; computed once for equal cases."""
     known: dict[tuple[Any, ...], dict[str, State]] = {}
 
     def of(case: Case) -> dict[str, State]:
         key = (case.mode, case.optimizer, case.max_grad_norm, len(case.steps))
         if key not in known:
-            known[key] = plain_torch(case, tiny_model)
+            known[key] = plain_torch(case, shallow_model)
         return known[key]
 
     return of

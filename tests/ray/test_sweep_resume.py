@@ -19,7 +19,7 @@ from raydistill.sweep.state import read_state
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2000)]
 
 ROOT = Path(__file__).parents[2]
-FIRST_STEPS, STEPS = 6, 30  # of the two trials; the second has so many that a signal is heard before they are over
+FIRST_STEPS, STEPS = 4, 22  # of the two trials; the second has so many that a signal is heard before they are over
 
 
 def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
