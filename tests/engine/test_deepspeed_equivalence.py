@@ -51,7 +51,7 @@ class Outcomes:
 
 @pytest.fixture(scope="module")
 def shallow_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model without its last layer: there are a hundred engines to build, and another layer splits as this one does."""
+    """The tiny model without its last layer: a hundred engines are built of it, and another layer would split as the first."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("shallow")
