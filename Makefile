@@ -46,7 +46,7 @@ $(PTQ_VENV)/.installed: requirements/ptq.txt | setup
 demo: setup  ## the whole system on a world that needs no download; prints the table
 	@$(BIN)/python -m raydistill demo
 
-check: setup lint  ## lint, types and unit tests, under 2 minutes on 2 cores
+check: setup lint  ## lint, types and unit tests, about 2 minutes on 2 cores
 	@$(MAKE) --no-print-directory -j 2 types unit
 
 lint: setup
