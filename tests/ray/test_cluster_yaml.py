@@ -28,6 +28,7 @@ from ray.util import get_node_ip_address
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROLES = ("rollout", "teacher", "trainer")
+FAKE_NODES = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
 OBJECT_STORE_BYTES = 100_000_000  # of each node; Ray wants at least 75 MiB
 
 DRIVER = """
@@ -90,8 +91,7 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     """Without what an earlier Ray of this process left behind, and without the token that one may have written."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    ours = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_connect_timeout_s": "30"}
-    return kept | ours | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    return kept | {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_connect_timeout_s": "30"}
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -138,7 +138,9 @@ def local_cluster() -> Iterator[LocalCluster]:
     ]
     log = folder / "head.log"
     with log.open("w") as out:
-        head = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment(), cwd=folder)
+        head = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment() | FAKE_NODES, cwd=folder
+        )
     try:
         deadline = time.monotonic() + 300  # seconds; a free machine needs a few
         while "Ray runtime started" not in log.read_text():
@@ -155,7 +157,7 @@ def local_cluster() -> Iterator[LocalCluster]:
 def test_asking_for_a_roles_resource_brings_up_a_node_of_its_type(local_cluster: LocalCluster) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", DRIVER, local_cluster.address, *ROLES],
-        env=environment(),
+        env=environment() | FAKE_NODES,
         cwd=local_cluster.folder,
         capture_output=True,
         text=True,

@@ -1,7 +1,6 @@
 """Two nodes that share no disk: each trainer rank, the evaluation actor and the driver see outputs of their own."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from ray.util import get_node_ip_address
 from run_helpers import HF, serial_config, wait_for_step
-from test_cluster_yaml import OBJECT_STORE_BYTES, end, free_port
+from test_cluster_yaml import OBJECT_STORE_BYTES, end, environment, free_port
 
 from raydistill.recovery.checkpoint import checkpoint_folder, damage
 from raydistill.recovery.ledger import ledger_problems
@@ -28,12 +27,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 STEPS = 4
 HEAD, OTHER = {"trainer": 1}, {"trainer": 1, "teacher": 1}
-
-
-def environment() -> dict[str, str]:
-    """Without what an earlier Ray of this process left behind, and without the token that one may have written."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_connect_timeout_s": "30"}
 
 
 @dataclass(frozen=True, kw_only=True)
