@@ -8,6 +8,7 @@ Ray starts and vLLM is imported while a world's teacher trains. What is done is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -253,7 +254,7 @@ def _chosen(one: Baseline) -> str:
         return f"{one.name}: none ({one.reason})"
     from raydistill.results.tables import format_kl
 
-    ordered = sorted(one.kl_nats.items(), key=lambda item: item[1])
+    ordered = sorted(one.kl_nats.items(), key=lambda item: (math.isnan(item[1]), item[1]))
     grids = ", ".join(f"{name} {format_kl(kl)}" for name, kl in ordered)
     notes = "".join(f"; {note}" for note in one.notes)
     return f"{one.name} by KL to the teacher on held-out rows: {grids}{notes}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class SweepRecorder(Callback):
         self.state = SweepState.of(self._sweep)
         self._mirror = mirror_of(self._sweep)
         self._console = Console(stderr=True)
+        self._started: dict[str, float] = {}  # run -> when it began this time
 
     def __getstate__(self) -> Any:
         return self._sweep
@@ -38,7 +40,9 @@ class SweepRecorder(Callback):
         self._open()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        one = self._change(self._run(trial), values=point_of(trial.config), status="running", error=None)
+        run = self._run(trial)
+        self._started[run] = time.time()
+        one = self._change(run, values=point_of(trial.config), status="running", error=None)
         say(self._console, f"{one.run} starts: {described(one)}", style="dim")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -64,7 +68,7 @@ class SweepRecorder(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         run = self._run(trial)
         folder = self._sweep.base.run.output / "runs" / run
-        one = self._change(run, status="failed", error=reason_of(folder, trial))
+        one = self._change(run, status="failed", error=reason_of(folder, trial, self._started.get(run, 0.0)))
         say(self._console, f"{one.run} failed: {one.error}; {described(one)}; {self._left()}", style="red")
         self._draw()
 
@@ -93,9 +97,11 @@ def described(trial: Trial) -> str:
     return ", ".join(f"{field.rpartition('.')[2]}={value}" for field, value in shown.items())
 
 
-def reason_of(folder: Path, trial: Any) -> str:
-    """Why a trial failed: as its run's record says, else as Tune heard it, without the traceback around it."""
-    ends = [line for line in read_record(folder) if line["kind"] == "end" and line["status"] == "failed"]
+def reason_of(folder: Path, trial: Any, since: float) -> str:
+    """Why a trial failed: as its run's record says, else as Tune heard it, without the traceback around it. What the record
+    says from before `since` (seconds of the epoch) is of an earlier try."""
+    told = [line for line in read_record(folder) if line["kind"] == "end" and line["status"] == "failed"]
+    ends = [line for line in told if line["time_s"] >= since]
     if ends and ends[-1].get("message"):
         return str(ends[-1]["message"])
     error = trial.get_pickled_error()

@@ -182,19 +182,25 @@ def imports() -> tuple[Import, ...]:
 
 
 def imports_of(name: str, path: Path) -> Iterator[Import]:
-    tree = tree_of(path)
-    later = {id(inner) for node in ast.walk(tree) if _runs_later(node) for inner in ast.walk(node)}
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(tree):
+    for node, at_start in _statements(tree_of(path)):
         for imported in _imported_names(node, package):
             place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-            yield Import(importer=name, imported=imported, place=place, at_start=id(node) not in later)
+            yield Import(importer=name, imported=imported, place=place, at_start=at_start)
+
+
+def _statements(tree: ast.AST, at_start: bool = True) -> Iterator[tuple[ast.AST, bool]]:
+    """Every statement, and whether it runs when the module is imported. Expressions hold no import, and are most of a tree."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.stmt, ast.excepthandler, ast.match_case)):
+            yield node, at_start
+            yield from _statements(node, at_start and not _runs_later(node))
 
 
 def _runs_later(node: ast.AST) -> bool:
     if isinstance(node, ast.If):
         return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
 
 
 def _imported_names(node: ast.AST, package: str) -> list[str]:
@@ -340,7 +346,7 @@ def unlimited_waits(tree: ast.AST, function: str = "") -> Iterator[str]:
     it: a reference that is awaited by its name is not seen."""
     for node in ast.iter_child_nodes(tree):
         inner = node.name if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ray.get", "ray.wait"):
+        if isinstance(node, ast.Call) and _is_ray_wait(node.func):
             if all(keyword.arg != "timeout" for keyword in node.keywords):
                 yield inner
         elif isinstance(node, ast.Await) and isinstance(node.value, ast.Call):
@@ -348,6 +354,10 @@ def unlimited_waits(tree: ast.AST, function: str = "") -> Iterator[str]:
             if awaited.endswith(".remote") or awaited == "asyncio.wrap_future":
                 yield inner
         yield from unlimited_waits(node, inner)
+
+
+def _is_ray_wait(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in ("get", "wait") and ast.unparse(node.value) == "ray"
 
 
 def test_every_wait_for_another_process_has_a_time_limit():

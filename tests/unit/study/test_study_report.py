@@ -15,6 +15,7 @@ from raydistill.results.record import RunRecord
 from raydistill.results.tables import SummaryRow
 from raydistill.study.decision import merge_seeds
 from raydistill.study.report import ReportInputs, lines_of, reference_of, summary_text
+from raydistill.study.study import _chosen
 
 NOT_INT2 = "ValueError: 2 bits are not supported"
 BASELINES = (
@@ -140,3 +141,8 @@ def test_a_finished_run_is_found_again_by_its_record_and_an_unfinished_one_is_no
         record.cut_back(1)
     assert RunSummary.of_finished(folder) is None
     assert RunSummary.of_finished(tmp_path / "nowhere") is None
+
+
+def test_a_baselines_grids_are_listed_best_first_and_one_without_numbers_last():
+    one = Baseline(method="gptq", width="int3", folder="x", format="c", kl_nats={"b": 0.2, "a": math.nan, "c": 0.1})
+    assert _chosen(one).endswith("on held-out rows: c 0.10, b 0.20, a nan")
