@@ -41,10 +41,10 @@ from typing import Any
 from chaos_cluster import Nodes
 from chaos_kills import ENDS_THE_DRIVER, MOMENTS, STEPS_APART, VICTIMS, Kill, draw_kills
 from chaos_run import UNDISTURBED, Job, Outcome
+from tiny_runs import make_world
 
 from raydistill.cli import console, main_with_errors, print_table
 
-RECIPE = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "num_steps": 60, "batch_size": 16}
 MAX_DRAWS = 2  # times the number of kills: a moment that never comes is not waited for without end
 TIMEOUT_S = {"KILL": 120.0, "STOP": 30.0}  # of remote calls: a hang is noticed by its time limit only
 
@@ -141,15 +141,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.kills < 1 or options.kills_per_run < 1:
         parser.error("--kills and --kills-per-run must be at least 1")
     return options
-
-
-def make_world(folder: Path) -> Path:
-    from raydistill.demo.pretrain import TeacherRecipe
-    from raydistill.demo.world import prepare_stories
-
-    recipe = TeacherRecipe(**RECIPE)  # type: ignore[arg-type]
-    prepare_stories(folder, recipe, num_train=400, num_validation=24, num_test=24, console=console)
-    return folder
 
 
 def rows_of(name: str, kills: Sequence[Kill], outcome: Outcome) -> list[Row]:

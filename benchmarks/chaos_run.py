@@ -12,10 +12,9 @@ from typing import Any
 
 from chaos_cluster import Nodes
 from chaos_kills import SAVE_EVERY, Hit, Kill, Striker
-from tiny_runs import TINY, command, compare
+from tiny_runs import SEQUENCES, compare, tiny_train
 
 UNDISTURBED = "undisturbed"
-SEQUENCES = 8
 END_S = 900.0  # from the last kill to the end
 
 
@@ -45,28 +44,17 @@ class Job:
         self._num_steps, self._timeout_s = num_steps, timeout_s
 
     def command(self, name: str) -> list[str]:
-        """Strictly on-policy, serial, float32: repeatable bit for bit."""
+        """Serial, float32: repeatable bit for bit."""
         settings = {
-            **TINY,
-            "run.name": name,
-            "run.output": self._output,
-            "student.model": self._world / "teacher",
-            "data.path": self._world / "train.jsonl",
-            "data.eval_path": self._world / "validation.jsonl",
-            "quant.format": "int2",
             "rollout.engine": self._engine,
             "rollout.timeout_s": self._timeout_s,
-            "trainer.num_steps": self._num_steps,
-            "trainer.sequences_per_step": SEQUENCES,
-            "trainer.sequences_per_micro_batch": 4,
-            "trainer.learning_rate": 2e-3,
             "trainer.timeout_s": self._timeout_s,
             "evaluation.eval_every": SAVE_EVERY,
             "checkpoint.save_every": SAVE_EVERY,
             "cluster.address": self._nodes.address,
             "cluster.by_role": "true",
         }
-        return command("train", settings=settings)
+        return tiny_train(self._world, self._output, name, self._num_steps, settings)
 
     def run(self, name: str, kills: Sequence[Kill] = ()) -> Outcome:
         """One run with its kills; the command is given again where a kill ends the driver."""

@@ -36,6 +36,37 @@ TINY: Mapping[str, object] = {
     "evaluation.num_cpus": 0.1,
 }
 """Settings of a run of the embedded world that is repeatable bit for bit: serial, in float32, mostly on-policy."""
+RECIPE = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "num_steps": 60, "batch_size": 16}
+SEQUENCES = 8  # per step
+
+
+def make_world(folder: Path) -> Path:
+    """The embedded world with a half-trained teacher of 0.2 million parameters: teacher, train.jsonl, validation.jsonl."""
+    from raydistill.cli import console
+    from raydistill.demo.pretrain import TeacherRecipe
+    from raydistill.demo.world import prepare_stories
+
+    recipe = TeacherRecipe(**RECIPE)  # type: ignore[arg-type]
+    prepare_stories(folder, recipe, num_train=400, num_validation=24, num_test=24, console=console)
+    return folder
+
+
+def tiny_train(world: Path, output: Path, name: str, num_steps: int, settings: Mapping[str, object]) -> list[str]:
+    """`raydistill train` in that world, two bits, strictly on-policy."""
+    fields = {
+        **TINY,
+        "run.name": name,
+        "run.output": output,
+        "student.model": world / "teacher",
+        "data.path": world / "train.jsonl",
+        "data.eval_path": world / "validation.jsonl",
+        "quant.format": "int2",
+        "trainer.num_steps": num_steps,
+        "trainer.sequences_per_step": SEQUENCES,
+        "trainer.sequences_per_micro_batch": 4,
+        "trainer.learning_rate": 2e-3,
+    }
+    return command("train", settings=fields | dict(settings))
 
 
 def command(verb: str, *arguments: object, settings: Mapping[str, object] | None = None) -> list[str]:

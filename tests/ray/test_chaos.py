@@ -30,6 +30,11 @@ KILLS = (  # trainer, feed and driver: test_resume.py
     Kill(victim="raylet", moment="sync", step=13),  # with the rollout, teacher and evaluation actors
 )
 STEPS = 18
+ROLES = {"rollout", "teacher", "trainer"}
+PLACES = {  # one node has the first two roles, another one the third
+    *((kind, "rollout teacher") for kind in ("rollout", "teacher", "evaluator")),
+    ("RayTrainWorker", "trainer"),
+}
 HANG_S = 15.0  # how long a call may take before its actor counts as dead
 SETTINGS: dict[str, dict[str, Any]] = {
     "trainer": {"num_steps": STEPS},
@@ -43,6 +48,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def booked_now() -> set[str]:
     """The ids of placement groups that hold resources."""
     return {group for group, state in placement_group_table().items() if state["state"] != "REMOVED"}
+
+
+def actors_by_role() -> set[tuple[str, str]]:
+    """The kind of each living actor, by its name (rollout-0) or class, and the roles that its node has resources of, if any."""
+    import ray
+
+    roles = {node["NodeID"]: " ".join(sorted(ROLES & node["Resources"].keys())) for node in ray.nodes()}
+    living = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    found = [(actor["Name"] or actor["ActorClassName"], roles[actor["Address"]["NodeID"]]) for actor in living]
+    return {(name.partition("-")[0], role) for name, role in found if role}
 
 
 @pytest.fixture
@@ -59,10 +74,16 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
     config = trial_config(make_config, tmp_path, **SETTINGS)
     sweep = load_sweep(sweep_file(tmp_path / "twice.toml", config, '"trainer.timeout_s" = [240.0, 241.0]'))
     calm, disturbed = (tmp_path / "runs" / f"twice-{number:03d}" for number in range(2))
-    booked, hits = booked_now(), list[Hit | None]()
+    booked, hits, places = booked_now(), list[Hit | None](), set[tuple[str, str]]()
     is_over = threading.Event()
     striker = Striker(disturbed, nodes, lambda: not is_over.is_set())
-    thread = threading.Thread(target=lambda: hits.extend(map(striker.strike, KILLS)), daemon=True)
+
+    def strike() -> None:
+        for kill in KILLS:
+            hits.append(striker.strike(kill))
+            places.update(actors_by_role())
+
+    thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     try:
         result = run_sweep(sweep)
@@ -71,6 +92,7 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
         thread.join(60)
     assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
+    assert places == PLACES
     assert booked_now() <= booked, "a killed controller's ranks still hold what they had booked"
     assert [trial["status"] for trial in read_state(sweep.folder)["trials"]] == ["finished"] * 2
     assert result.num_finished == 2
