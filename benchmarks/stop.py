@@ -42,7 +42,7 @@ START_S = 6.0  # after the command: within the preflight checks or Ray's start
 APART = 5  # new steps between two stops, one checkpoint among them
 SAVE_EVERY = 3
 RUN_S = 900.0
-LEFT_S = 60.0  # how long processes of a command that has ended are waited for
+LEFT_S = 150.0  # how long processes of a command that has ended are waited for
 
 
 @dataclass(slots=True, kw_only=True)
