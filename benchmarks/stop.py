@@ -68,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
     output = options.output.absolute()
     shutil.rmtree(output / "runs", ignore_errors=True)
     stops = [(number, moment) for moment in options.moments.split(",") for number in SIGNALS]
+    stops = [
+        one for one in stops if one != (signal.SIGKILL, "hang")
+    ]  # a stopped process cannot notice that its parent died
     num_steps = APART * (len(stops) + 1)
     world = make_world(output / "world")
     rows = []
