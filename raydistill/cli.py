@@ -9,7 +9,9 @@ that the system does not let us read or write, whoever meets it, unless Python's
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +41,9 @@ _WAYS_OUT = {
     **dict.fromkeys(DISK_FULL, "make room there"),
 }
 PIPE_WIDTH = 200  # columns where no terminal limits them: wide enough that no cell of a table wraps and no bar is cut
+
+# Without it, the interpreter goes through all objects again as it ends: with torch and Ray loaded that takes seconds.
+atexit.register(gc.freeze)
 
 
 def open_console(*, stderr: bool = False) -> Console:

@@ -7,6 +7,8 @@ A store that is down is tried again with growing pauses; the record stays, so no
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import subprocess
@@ -279,4 +281,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # as in raydistill.cli
     sys.exit(main())
