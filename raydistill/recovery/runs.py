@@ -114,7 +114,7 @@ def _transfer(arguments: argparse.Namespace) -> int:
             console.print(f"{name} is in {folder}", soft_wrap=True)
         else:
             push(storage, arguments.output.absolute(), name)
-            console.print(f"{name} is in {storage.url}", soft_wrap=True)
+            console.print(f"{name} is in {storage}", soft_wrap=True)
     return 0
 
 
