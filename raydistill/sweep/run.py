@@ -137,9 +137,8 @@ def _delivered(sweep: Sweep) -> Iterator[None]:
     finally:
         if not delivery.finish(patience_s):
             later = f"python -m raydistill.results.deliver --under {output}"
-            reason = delivery.problem or "not all was there in time"
             console.print(
-                f"warning: the results store is behind ({reason}); deliver later with `{later}`",
+                f"warning: the results store is behind ({delivery.problem}); deliver later with `{later}`",
                 style="yellow",
                 soft_wrap=True,
             )
