@@ -228,7 +228,7 @@ class Launch:
         inputs = self._inputs = await aside(load_inputs, self._config, self._console, self._within.datasets)
         config = self._config = inputs.config
         self._findings = await aside(self._examine, inputs)
-        self._folder = await aside(run_folder, config, inputs.data.fingerprint)
+        self._folder = await aside(run_folder, config, inputs.data.fingerprint, self._say)
         start_cluster(config)
         check_placement(config, node_resources(ray.nodes()))
         await aside(check_nodes_reach_storage, config)
@@ -237,7 +237,7 @@ class Launch:
         self._storage = None if stored is None else RunStorage(self._folder, stored)
         async with AsyncExitStack() as alone:
             alone.enter_context(locked(self._folder))
-            await alone.enter_async_context(held_async(stored, self._say))
+            await alone.enter_async_context(held_async(stored, self._say, self._clock.limit))
             point = await aside(find_checkpoint, self._folder, stored)
             check_steps(self._folder, point, config.trainer.num_steps)
             async with settled(self._storage, self._console, self._clock.limit) as expected:

@@ -19,7 +19,7 @@ from raydistill.config.fields import config_fields
 from raydistill.config.load import load_config, with_values
 from raydistill.config.problems import COMMAND_LINE, DEFAULT
 from raydistill.errors import UserError
-from raydistill.recovery.resume import OPERATIONAL, flat_settings, is_listed
+from raydistill.recovery.resume import flat_settings, is_listed
 from raydistill.results.provenance import HIDDEN
 from raydistill.results.record_lines import evaluations_of, read_record, require_start
 
@@ -138,7 +138,7 @@ def earlier_settings(run: Path, config: Config) -> list[Difference]:
         for line in read_record(run)
         if line["kind"] == "resume" and line["step"] > 0
         for name, change in line.get("changed", {}).items()
-        if not is_listed(name, (*MAY_BE_SET, *OPERATIONAL, "checkpoint."))
+        if not is_listed(name, (*MAY_BE_SET, "run.resume", "checkpoint.", "study.", "world."))
     ]
 
 

@@ -3,7 +3,7 @@
 clock = StopClock()
 with stop_on_signals(stop, console, clock):     # the first signal calls `stop` and starts the clock
     ...                                         # cancelled when BODY_S are over
-wait_for_the_store(clock.limit(5.0))            # whatever still ends afterwards asks how long it may take
+delivery.finish(clock.limit(5.0))               # whatever still ends afterwards asks how long it may take
 """
 
 from __future__ import annotations

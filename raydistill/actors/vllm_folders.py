@@ -1,7 +1,7 @@
 """Which folder vLLM runs for an export on this machine, and in which precision.
 
 vLLM does not know raydistill's packed layout, and has no 4-bit kernel for x86 processors without AVX-512: plain weights are
-then written beside the export, and used again the next time.
+then written beside the export, and used again the next time. `raydistill runs prune` removes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from raydistill.cli import console
 from raydistill.errors import ModelError, UserError
-from raydistill.quant.formats import MANIFEST
+from raydistill.quant.formats import MANIFEST, PLAIN_COPY, SOURCE
 
 
 def runnable_folder(folder: Path, takes_int4: bool) -> Path:
@@ -37,12 +37,12 @@ def why_plain(folder: Path, takes_int4: bool) -> str | None:
 
 def plain_copy(export: Path, reason: str) -> Path:
     """FOLDER.dequantized beside an export, adapter merged: written if it is not there or is of another student."""
-    copy, source = export.with_name(f"{export.name}.dequantized"), _source_of(export)
+    copy, source = export.with_name(f"{export.name}{PLAIN_COPY}"), _source_of(export)
     made = manifest_of(copy)
-    if made is not None and made.get("extra", {}).get("source") == source:
+    if made is not None and made.get("extra", {}).get(SOURCE) == source:
         console.print(f"{export} {reason}: using the plain weights in {copy}", soft_wrap=True)
         return copy
-    if copy.exists() and (made is None or "source" not in made.get("extra", {})):
+    if copy.exists() and (made is None or SOURCE not in made.get("extra", {})):
         raise UserError(f"{copy} is in the way: plain weights of {export.name} belong there; move or remove it")
     console.print(f"{export} {reason}: writing plain weights to {copy}", soft_wrap=True)
     from raydistill.quant.export_files import rename_over
@@ -51,7 +51,7 @@ def plain_copy(export: Path, reason: str) -> Path:
     building = copy.with_name(f".{copy.name}.{uuid.uuid4().hex[:8]}.partial")
     is_served = (manifest_of(export) or {})["lora"] is not None
     try:
-        write_layout(export, building, "dequantized", merge_adapter=is_served, extra={"source": source})
+        write_layout(export, building, "dequantized", merge_adapter=is_served, extra={SOURCE: source})
         rename_over(building, copy)
     except OSError as error:
         raise UserError(

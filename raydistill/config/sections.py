@@ -71,7 +71,9 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="prompts, lambda draws and sampling seeds all derive from it")
     verbose: bool = Field(False, description="show the engines' own output instead of keeping it in log files")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: the same command goes on where an unfinished run stopped; never: start anew"
+        "auto",
+        description="auto: the same command goes on where an unfinished run stopped (without run.name also with other "
+        "timeouts, devices, checkpoint. or results.); never: start anew",
     )
 
     @model_validator(mode="after")

@@ -34,11 +34,12 @@ def check_storage(config: Config) -> str | None:
     url = config.run.storage
     if url is None:
         return None
+    storage = Storage(url)
     try:
-        Storage(url).check()
+        storage.check()
     except StorageError as error:
         raise ResourceError(str(error)) from error
-    return f"{url} was written and read back"
+    return f"{storage} was written and read back"
 
 
 def check_nodes_reach_storage(config: Config) -> None:

@@ -23,6 +23,9 @@ MANIFEST = "raydistill.json"
 TEMPLATE = "template"
 """Entry of its `extra`: the variables of the chat template that the student was trained with."""
 
+PLAIN_COPY, SOURCE = ".dequantized", "source"
+"""What the name of a plain copy that vLLM runs has behind its export's; the entry of its `extra` that tells what it is of."""
+
 ADAPTER_FOLDER = "adapter"
 """Inside an exported folder: the adapter of a student in served mode, in PEFT's format."""
 

@@ -23,7 +23,7 @@ from raydistill.recovery.ledger import ledger_problem, put_ledgers
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import StoredCheckpoints
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record
-from raydistill.results.run_folders import LOCK, is_at_work
+from raydistill.results.run_folders import ASIDE, LOCK, is_at_work
 
 
 def bring_record(folder: Path, run: Storage) -> bool:
@@ -37,7 +37,7 @@ def bring_record(folder: Path, run: Storage) -> bool:
     here = list(read_record(folder))
     if here and _id_of(here) != _id_of(there):
         raise UserError(
-            f"run.name={folder.name!r}: {folder} and {run.url} in run.storage are two runs of one name; choose another "
+            f"run.name={folder.name!r}: {folder} and {run} in run.storage are two runs of one name; choose another "
             "run.name, or move one of them away"
         )
     if here and here[-1]["time_s"] >= there[-1]["time_s"]:
@@ -52,7 +52,7 @@ def set_aside(run: Storage) -> None:
     """Give a run (or a sweep) in the storage another name, if there is one; UserError if somebody drives it."""
     if run.list():
         refuse_driven(run)
-        run.move_to(Storage(f"{run.url}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        run.move_to(Storage(f"{run.url}{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def newest_here(run_folder: Path, newest: int | None = None) -> tuple[Path | None, list[str]]:
@@ -100,7 +100,7 @@ def newest_of_both(run_folder: Path, run: Storage) -> tuple[Path | None, list[st
                 except StorageError as error:
                     complaints.append(f"checkpoint {folder} lies on this disk only: {error}")
             return folder, complaints
-        where = run.url if version in there else str(root)
+        where = str(run) if version in there else str(root)
         complaints.append(f"checkpoint {folder.name} in {where} is damaged: {problem}; the one before it is used")
     return None, complaints
 
@@ -118,11 +118,11 @@ def bring_folder(here: Path, there: Storage, digests: dict[str, Any]) -> None:
     for name, expected in digests.items():
         for is_brought in (False, True):
             if is_brought and not there.get(name, here / name, expected[0]):
-                raise StorageError(f"{there.url} has no {name}")
+                raise StorageError(f"{there} has no {name}")
             if (here / name).is_file() and digest(here / name) == expected:
                 break
         else:
-            raise StorageError(f"{there.url}/{name} is not what was written there")
+            raise StorageError(f"{there}/{name} is not what was written there")
 
 
 def put_folder(folder: Path, there: Storage) -> None:

@@ -30,7 +30,7 @@ from raydistill.messages import StudentWeights
 from raydistill.quant.hashing import hash_tensors
 
 CHECKPOINTS = "checkpoints"  # of a run
-WEIGHTS, DESCRIPTION = "weights.safetensors", "checkpoint.json"
+WEIGHTS, DESCRIPTION, OPTIMIZER = "weights.safetensors", "checkpoint.json", "optimizer"
 FULL_BYTES = 64 * 1024  # a disk with less is full: what failed wrote until nothing more went in
 PREFIX, WRITING = "step-", ".writing-"
 TORCH_STREAM_ERRORS = ("iostream error", "inline_container", "PytorchStreamWriter")  # what torch.save says of a disk
@@ -166,6 +166,19 @@ def newest_checkpoint(
             return folder, complaints
         complaints.append(f"checkpoint {folder} is damaged: {problem}; the one before it is used")
     return None, complaints
+
+
+def is_pruned(root: Path) -> bool:
+    """Whether there are checkpoints, and the optimizer state of each was removed: they can be exported, not continued."""
+    folders = list(root.glob(f"{PREFIX}*"))
+    return bool(folders) and all(_lacks_optimizer(folder) for folder in folders)
+
+
+def _lacks_optimizer(folder: Path) -> bool:
+    with suppress(OSError, ValueError, KeyError):
+        had = any(name.startswith(f"{OPTIMIZER}/") for name in read_description(folder)["files"])
+        return had and not (folder / OPTIMIZER).exists()
+    return False
 
 
 def remove_checkpoint(folder: Path) -> None:

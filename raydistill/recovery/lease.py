@@ -35,10 +35,16 @@ END_S = (
 )
 FORGET_S = 600.0  # one that has not renewed for so long by the clock: not watched any more
 Say = Callable[[str], None]
+Limit = Callable[[float], float]
 
 
-def _unheard(_: str) -> None:
-    pass
+def unheard(_: str) -> None:
+    """A `Say` that nobody listens to."""
+
+
+def all_of_it(wanted_s: float) -> float:
+    """The `Limit` where nobody waits."""
+    return wanted_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +77,7 @@ class Driver:
         return True
 
 
-def living_driver(run: Storage, say: Say = _unheard) -> Driver | None:
+def living_driver(run: Storage, say: Say = unheard) -> Driver | None:
     """Another process that drives the run; None if there is none. Watches one that may have died for up to WATCH_S; blocks.
 
     say: told what is being waited for.
@@ -82,7 +88,7 @@ def living_driver(run: Storage, say: Say = _unheard) -> Driver | None:
     driver, beat = found
     if time.time() - beat > FORGET_S:
         return None
-    say(f"{run.url} was driven by {driver}; waiting up to {WATCH_S:.0f} s to see whether it still is")
+    say(f"{run} was driven by {driver}; waiting up to {WATCH_S:.0f} s to see whether it still is")
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, RENEW_S / 4))
@@ -94,18 +100,27 @@ def living_driver(run: Storage, say: Say = _unheard) -> Driver | None:
     return None
 
 
-def refuse_driven(run: Storage, say: Say = _unheard) -> None:
+def seems_driven(run: Storage) -> bool:
+    """The same without watching: by the machines' clocks, where nothing depends on it."""
+    found = _read(run)
+    return found is not None and not found[0].has_ended and time.time() - found[1] <= WATCH_S
+
+
+def refuse_driven(run: Storage, say: Say = unheard) -> None:
     """UserError if another process drives the run; see `living_driver`."""
     other = living_driver(run, say)
     if other is not None:
         raise UserError(
-            f"{run.url} in run.storage is at work: {other} drives it; wait for it, stop it, or choose another name"
+            f"{run} in run.storage is at work: {other} drives it; wait for it, stop it, or choose another name"
         )
 
 
 @contextmanager
-def held(run: Storage | None, say: Say = _unheard) -> Iterator[None]:
-    """Drive the run (or the sweep) at this place; UserError if another process does. Without a storage: nothing."""
+def held(run: Storage | None, say: Say = unheard, limit: Limit = all_of_it) -> Iterator[None]:
+    """Drive the run (or the sweep) at this place; UserError if another process does. Without a storage: nothing.
+
+    `limit` of some seconds is how many of them are left, for a run that was stopped.
+    """
     if run is None:
         yield
         return
@@ -115,14 +130,14 @@ def held(run: Storage | None, say: Say = _unheard) -> Iterator[None]:
     try:
         yield
     finally:
-        lease.end()
+        lease.end(limit)
 
 
 @asynccontextmanager
-async def held_async(run: Storage | None, say: Say) -> AsyncIterator[None]:
+async def held_async(run: Storage | None, say: Say, limit: Limit = all_of_it) -> AsyncIterator[None]:
     """The same beside other work of an event loop."""
     with ExitStack() as stack:
-        await aside(stack.enter_context, held(run, say))
+        await aside(stack.enter_context, held(run, say, limit))
         yield
 
 
@@ -138,13 +153,13 @@ class _Lease:
         self._write()
         self._thread.start()
 
-    def end(self) -> None:
+    def end(self, limit: Limit) -> None:
         self._is_over.set()
-        self._thread.join(END_S)
+        self._thread.join(limit(END_S))
         with suppress(StorageError):
-            found = _read(self._run, END_S)
+            found = _read(self._run, limit(END_S))
             if found is not None and found[0] == self._me:
-                folder, name = _place(self._run, END_S)
+                folder, name = _place(self._run, limit(END_S))
                 folder.remove(name)
 
     def _renew(self) -> None:
@@ -154,7 +169,7 @@ class _Lease:
                 found = _read(self._run)
                 if found is not None and found[0] != self._me:
                     if not is_told:
-                        self._say(f"warning: {found[0]} drives {self._run.url} as well: stop one of the two")
+                        self._say(f"warning: {found[0]} drives {self._run} as well: stop one of the two")
                     is_told = True
                 else:
                     self._write()

@@ -76,7 +76,7 @@ def bring_ledger(run_folder: Path, rank: int, size_bytes: int, digest: str, run:
             run.get(ledger_name(rank), path, size_bytes)
         if _file_begins(path, size_bytes, digest):
             return
-    raise RunError(f"{path} is not the ledger that the checkpoint knows, neither here nor in {run.url}")
+    raise RunError(f"{path} is not the ledger that the checkpoint knows, neither here nor in {run}")
 
 
 def ledger_problem(run_folder: Path, description: Mapping[str, Any], run: Storage | None = None) -> str | None:

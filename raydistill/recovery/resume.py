@@ -5,7 +5,8 @@
         point = find_checkpoint(folder)
 
 With `run.name` the folder is known. Without, the same command means the newest unfinished run whose settings are the
-same. Settings that change what is computed may not change on the way; those of `MAY_CHANGE` may.
+same, but for those that change no result (`OPERATIONAL`). Settings that change what is computed may not change on the way;
+a run that is named may set those of `MAY_CHANGE` anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,19 @@ from filelock import FileLock, Timeout
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.recovery.bring import bring_record, newest_here, newest_of_both, set_aside, whole_lines
-from raydistill.recovery.checkpoint import read_description, version_of
-from raydistill.recovery.lease import living_driver
+from raydistill.recovery.checkpoint import CHECKPOINTS, is_pruned, read_description, version_of
+from raydistill.recovery.lease import Say, living_driver, seems_driven, unheard
 from raydistill.recovery.storage import Storage
 from raydistill.results.provenance import scrub
 from raydistill.results.record_lines import RECORD_FILE, decode_line, read_record, start_of
-from raydistill.results.run_folders import LOCK, is_at_work
+from raydistill.results.run_folders import ASIDE, LOCK, is_at_work
 
-MAY_CHANGE = (
+NEUTRAL = (
     "run.name",
     "run.output",
     "run.storage",
     "run.verbose",
     "run.resume",
-    "trainer.num_steps",
-    "trainer.learning_rate",
-    "trainer.lr_schedule",
-    "trainer.warmup_fraction",
     "trainer.max_skipped_fraction",
     "trainer.timeout_s",
     "trainer.num_cpus",
@@ -57,19 +55,26 @@ MAY_CHANGE = (
     "rollout.timeout_s",
     "sync.max_policy_gap_nats",
     "sync.codes_check_every",
-    "evaluation.eval_every",
     "evaluation.shown_rows",
     "evaluation.num_gpus",
     "evaluation.num_cpus",
     "checkpoint.",
     "results.",
     "cluster.",
-    "study.",
-    "world.",
 )
-"""Fields (or, with a dot at the end, sections) that a resumed run may set anew."""
-OPERATIONAL = ("run.name", "run.output", "run.storage", "run.verbose", "run.resume", "cluster.", "world.")
-"""Of these, what may differ between two starts of the same command that names no run."""
+"""Fields (or, with a dot at the end, sections) that decide how a run gets on, not what it trains: limits, devices, places.
+Our own error lines advise to change such a field and to start the same command again."""
+OPERATIONAL = (*NEUTRAL, "study.", "world.")
+"""What may differ between two starts of the same command that names no run: a run has its models and rows by then."""
+MAY_CHANGE = (
+    *OPERATIONAL,
+    "trainer.num_steps",
+    "trainer.learning_rate",
+    "trainer.lr_schedule",
+    "trainer.warmup_fraction",
+    "evaluation.eval_every",
+)
+"""What a run that is named may set anew on the way, although its result changes."""
 
 
 RUNS = "runs"  # in run.storage as in run.output
@@ -92,10 +97,11 @@ class ResumePoint:
     complaints: tuple[str, ...] = ()
 
 
-def run_folder(config: Config, data_fingerprint: str) -> Path:
+def run_folder(config: Config, data_fingerprint: str, say: Say = unheard) -> Path:
     """The folder of this command's run: an unfinished one that it resumes, or one that does not exist yet.
 
     With `run.storage` the run may be one that another machine began; its record is brought here.
+    say: told of an unfinished run that differs only in what a named run may set anew, where another one begins.
     """
     runs = (config.run.output / "runs").absolute()
     if config.run.name is not None:
@@ -109,14 +115,20 @@ def run_folder(config: Config, data_fingerprint: str) -> Path:
             set_aside(storage)
         return folder
     if config.run.resume == "auto":
-        for folder in _unfinished(runs, config, data_fingerprint):
-            storage = run_storage(config, folder)
-            if storage is None or not bring_record(folder, storage) or _is_unfinished(folder):
-                return folder
-        if config.run.storage is not None:
-            found = _stored_run(runs, config, data_fingerprint)
-            if found is not None:
-                return found
+        passed_over: list[str] = []
+        for name, changed in chain(
+            _alike_here(runs, config, data_fingerprint), _alike_there(runs, config, data_fingerprint)
+        ):
+            if changed:
+                passed_over.append(
+                    f"runs/{name} is unfinished and differs in {', '.join(changed)} only; --run.name {name} goes on with it"
+                )
+                continue
+            storage = run_storage(config, runs / name)
+            if storage is None or not bring_record(runs / name, storage) or _is_unfinished(runs / name):
+                return runs / name
+        for text in passed_over[:1]:
+            say(text)
     return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
@@ -127,15 +139,38 @@ def goes_on_with(config: Config, data_fingerprint: str) -> Path | None:
         return None
     if config.run.name is not None:
         return runs / config.run.name if _is_unfinished(runs / config.run.name) else None
-    return next(_unfinished(runs, config, data_fingerprint), None)
+    alike = _alike_here(runs, config, data_fingerprint)
+    return next((runs / name for name, changed in alike if not changed), None)
 
 
-def _unfinished(runs: Path, config: Config, data_fingerprint: str) -> Iterator[Path]:
-    """Idle runs of these settings that have not finished, newest first."""
+def _alike_here(runs: Path, config: Config, data_fingerprint: str) -> Iterator[tuple[str, list[str]]]:
+    """Idle runs that have not finished and could go on with these settings, newest first: name, and the fields that differ
+    and change the result, with which they go on only if they are named."""
     for folder in _newest_first(runs):
-        is_same = not differences(folder, config, data_fingerprint, OPERATIONAL)  # first: it reads one line only
-        if is_same and _is_unfinished(folder) and not is_at_work(folder):
-            yield folder
+        changed = _changed_on_purpose(start_of(folder), config, data_fingerprint)  # first: it reads one line only
+        if changed is None or not _is_unfinished(folder) or is_at_work(folder) or _was_pruned(folder, config):
+            continue
+        yield folder.name, changed
+
+
+def _alike_there(runs: Path, config: Config, data_fingerprint: str) -> Iterator[tuple[str, list[str]]]:
+    """The same of the runs in run.storage that do not lie on this disk and that nobody drives."""
+    if config.run.storage is None:
+        return
+    stored = Storage(config.run.storage).below(RUNS)
+    names = sorted({Path(name).parts[0] for name in stored.list() if Path(name).name == RECORD_FILE}, reverse=True)
+    for name in names:
+        if (runs / name).exists() or ASIDE in name:
+            continue
+        first = (stored.read(f"{name}/{RECORD_FILE}", end=HEAD_BYTES) or b"").partition(b"\n")[0]
+        with suppress(ValueError):  # torn, or of another kind
+            changed = _changed_on_purpose(decode_line(first), config, data_fingerprint)
+            if changed is None or status_of(whole_lines(stored.read(f"{name}/{RECORD_FILE}") or b"")) == "finished":
+                continue
+            run = stored.below(name)
+            if seems_driven(run) if changed else living_driver(run) is not None:
+                continue
+            yield name, changed
 
 
 def _check_named(folder: Path, config: Config, data_fingerprint: str) -> None:
@@ -143,7 +178,7 @@ def _check_named(folder: Path, config: Config, data_fingerprint: str) -> None:
     if config.run.resume == "never":
         if is_at_work(folder):
             raise UserError(f"run.name={folder.name!r} is at work in another process; choose another run.name")
-        folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        folder.rename(folder.with_name(f"{folder.name}{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"))
         return
     status = last_status(folder)
     if status is None and (folder / LOCK).exists():
@@ -154,6 +189,11 @@ def _check_named(folder: Path, config: Config, data_fingerprint: str) -> None:
         raise UserError(
             f"run.name={folder.name!r} has finished (see {folder}); choose another run.name, or start it anew with "
             "--resume never, which sets the old folder aside"
+        )
+    if _was_pruned(folder, config):
+        raise UserError(
+            f"run.name={folder.name!r} was given up: `raydistill runs prune --unfinished` removed what it would go on from; "
+            "choose another run.name, or start it anew with --resume never, which sets the old folder aside"
         )
     changed = differences(folder, config, data_fingerprint, MAY_CHANGE)
     if changed:
@@ -179,26 +219,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _stored_run(runs: Path, config: Config, data_fingerprint: str) -> Path | None:
-    """The newest unfinished run with these settings that lies in run.storage, not on this disk, and that nobody drives; its
-    record is brought."""
-    assert config.run.storage is not None
-    stored = Storage(config.run.storage).below(RUNS)
-    names = sorted({Path(name).parts[0] for name in stored.list() if Path(name).name == RECORD_FILE}, reverse=True)
-    for name in names:
-        if (runs / name).exists() or ".before-" in name:
-            continue
-        first = (stored.read(f"{name}/{RECORD_FILE}", end=HEAD_BYTES) or b"").partition(b"\n")[0]
-        with suppress(ValueError):  # torn, or of another kind
-            if _differences(decode_line(first), config, data_fingerprint, OPERATIONAL):
-                continue
-            data = stored.read(f"{name}/{RECORD_FILE}") or b""
-            if status_of(whole_lines(data)) != "finished" and living_driver(stored.below(name)) is None:
-                bring_record(runs / name, stored.below(name))
-                return runs / name
-    return None
 
 
 def find_checkpoint(folder: Path, storage: Storage | None = None) -> ResumePoint:
@@ -245,19 +265,34 @@ def status_of(lines: Iterable[Mapping[str, Any]]) -> str | None:
 def differences(folder: Path, config: Config, data_fingerprint: str, allowed: tuple[str, ...]) -> list[str]:
     """`field was x, is y` for the data and every setting that differ from the run's record, but for those that may."""
     start = start_of(folder)
-    return ["the run has no record"] if start is None else _differences(start, config, data_fingerprint, allowed)
+    return (
+        ["the run has no record"]
+        if start is None
+        else list(_differences(start, config, data_fingerprint, allowed).values())
+    )
+
+
+def _changed_on_purpose(start: Mapping[str, Any] | None, config: Config, data_fingerprint: str) -> list[str] | None:
+    """Which fields of MAY_CHANGE differ and change the result; None where a run with this start line cannot go on at all."""
+    if start is None:
+        return None
+    found = _differences(start, config, data_fingerprint, OPERATIONAL)
+    return list(found) if all(is_listed(name, MAY_CHANGE) for name in found) else None
 
 
 def _differences(
     start: Mapping[str, Any], config: Config, data_fingerprint: str, allowed: tuple[str, ...]
-) -> list[str]:
+) -> dict[str, str]:
+    """The same by field."""
     # The record keeps no password: two addresses that differ in it only are one.
     before, now = flat_settings(start["config"]), flat_settings(scrub(json.loads(config.model_dump_json())))
     before["data fingerprint"], now["data fingerprint"] = start["data_fingerprint"], data_fingerprint
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed if not is_listed(name, allowed)
-    ]
+    return {
+        name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in changed
+        if not is_listed(name, allowed)
+    }
 
 
 def is_listed(name: str, fields: tuple[str, ...]) -> bool:
@@ -271,9 +306,14 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _newest_first(runs: Path) -> list[Path]:
-    folders = [folder for folder in runs.glob("*") if (folder / LOCK).exists()]
+    folders = [folder for folder in runs.glob("*") if (folder / LOCK).exists() and ASIDE not in folder.name]
     return sorted(folders, key=lambda folder: (folder / LOCK).stat().st_mtime, reverse=True)
 
 
 def _is_unfinished(folder: Path) -> bool:
     return last_status(folder) not in (None, "finished")
+
+
+def _was_pruned(folder: Path, config: Config) -> bool:
+    """Whether `runs prune --unfinished` gave the run up, and no other place has what it would go on from."""
+    return config.run.storage is None and is_pruned(folder / CHECKPOINTS)

@@ -82,11 +82,11 @@ class RunStorage:
     def what_is_left(self, left: list[str]) -> str:
         """A line about what lies on this disk only."""
         reason = self.mirror.problem or "no reason is known"
-        return f"{', '.join(left)} of {self._folder} did not get to {self.run.url}: {reason}"
+        return f"{', '.join(left)} of {self._folder} did not get to {self.run}: {reason}"
 
     @property
     def push_command(self) -> str:
-        root = self.run.url.rpartition("/runs/")[0]
+        root = str(self.run).rpartition("/runs/")[0]
         return f"raydistill runs push {self._folder.name} --output {self._folder.parent.parent} --storage {root}"
 
     def remove(self, version: int) -> None:

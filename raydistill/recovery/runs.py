@@ -7,28 +7,34 @@ Reads run folders only; needs no results store and imports nothing heavy.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydistill.cli import command_parser, console, print_table
 from raydistill.errors import UserError
-from raydistill.recovery.checkpoint import CHECKPOINTS, PREFIX, version_of
+from raydistill.quant.formats import MANIFEST, PLAIN_COPY, SOURCE
+from raydistill.recovery.checkpoint import CHECKPOINTS, OPTIMIZER, PREFIX, version_of
 from raydistill.recovery.keeper import read_best
 from raydistill.recovery.resume import last_status
+from raydistill.recovery.sampled import FOLDER as SAMPLED
 from raydistill.recovery.transfer import opened, pull, push, stored_runs
 from raydistill.results.record_lines import read_record
-from raydistill.results.run_folders import is_at_work
+from raydistill.results.run_folders import ASIDE, is_at_work
 from raydistill.results.tables import format_bytes
 
 SUMMARY = """\
 List the runs of an output folder with what they take on the disk, or prune them; bring runs from run.storage or to it.
 
-Pruning removes, from runs that have finished, every checkpoint but the best and the last, and of those the optimizer state
-(they can be exported and evaluated, not continued); from other runs only what a crash left half-written. Records, exports
-and plots stay. A run that is at work is never touched."""
+Pruning removes, from runs that have finished or were set aside (--resume never), every checkpoint but the best and the last,
+and of those the optimizer state (they can be exported and evaluated, not continued); from other runs what a crash left
+half-written, and with --unfinished the same as if they had finished: they are given up, and the same command starts another
+run. Plain copies of exports that serve, bench and evaluate wrote for vLLM (export.dequantized) go too; they are written
+again when they are needed. Records, exports and plots stay. A run that is at work is never touched."""
 EXAMPLES = """\
 examples:
   raydistill runs --output outputs/demo
@@ -37,6 +43,8 @@ examples:
         what pruning would free
   raydistill runs prune 20260101-120000-student --output outputs/demo
         one run only
+  raydistill runs prune NAME --unfinished
+        give up a run that failed or was interrupted; without NAME every one that is not at work
   raydistill runs --storage s3://bucket/prefix
         the runs in run.storage
   raydistill runs pull NAME --storage s3://bucket/prefix --output outputs
@@ -59,26 +67,30 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted((self.folder / CHECKPOINTS).glob(f"{PREFIX}*"))
 
-    def disposable(self) -> Iterator[Path]:
-        """What pruning removes."""
+    def disposable(self, gives_up: bool = False) -> Iterator[Path]:
+        """What pruning removes. gives_up: also from a run that has not finished."""
         root = self.folder / CHECKPOINTS
         if self.status == "at work":
             return
         for pattern in LEFTOVERS:
             yield from root.glob(pattern)
-        if self.is_finished:
+        yield from self.folder.glob(f".*{PLAIN_COPY}.*.partial")
+        yield from (copy for copy in self.folder.glob(f"*{PLAIN_COPY}") if _is_plain_copy(copy))
+        if self.is_finished or ASIDE in self.folder.name or gives_up:
             kept = {read_best(root), *(version_of(folder) for folder in self.checkpoints()[-1:])}
             for folder in self.checkpoints():
                 if version_of(folder) not in kept:
                     yield folder
                 else:
-                    yield from (path for path in (folder / "optimizer", *folder.glob("random-*")) if path.exists())
-            yield from (path for path in [self.folder / "ray_train"] if path.exists())
+                    yield from (path for path in (folder / OPTIMIZER, *folder.glob("random-*")) if path.exists())
+            yield from (path for path in (self.folder / "ray_train", self.folder / SAMPLED) if path.exists())
 
 
 def runs_command(argv: Sequence[str]) -> int:
     """The verb `runs`."""
     arguments = _parser().parse_args(list(argv))
+    if arguments.unfinished and arguments.action != "prune":
+        raise UserError("--unfinished says what `raydistill runs prune` removes; `raydistill runs` lists every run")
     if arguments.action in ("pull", "push"):
         return _transfer(arguments)
     if arguments.storage is not None:
@@ -88,7 +100,7 @@ def runs_command(argv: Sequence[str]) -> int:
             )
         rows = stored_runs(opened(arguments.storage, "list"))
     elif arguments.action == "prune":
-        rows = prune(find_runs(arguments.output), arguments.names, arguments.dry_run)
+        rows = prune(find_runs(arguments.output), arguments.names, arguments.dry_run, arguments.unfinished)
     else:
         rows = [_row(run) for run in find_runs(arguments.output)]
     if not rows:
@@ -114,7 +126,7 @@ def _transfer(arguments: argparse.Namespace) -> int:
             console.print(f"{name} is in {folder}", soft_wrap=True)
         else:
             push(storage, arguments.output.absolute(), name)
-            console.print(f"{name} is in {storage.url}", soft_wrap=True)
+            console.print(f"{name} is in {storage}", soft_wrap=True)
     return 0
 
 
@@ -129,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", type=Path, default=Path("outputs"), help="run.output of the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="prune runs that failed or were interrupted as if they had finished: they do not go on any more",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be freed and remove nothing")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
@@ -145,8 +162,11 @@ def find_runs(output: Path) -> list[Run]:
     return found
 
 
-def prune(runs: Sequence[Run], names: Sequence[str], dry_run: bool) -> list[dict[str, Any]]:
-    """Remove what is disposable; one row for each run with the bytes that were (or would be) freed."""
+def prune(runs: Sequence[Run], names: Sequence[str], dry_run: bool, unfinished: bool = False) -> list[dict[str, Any]]:
+    """Remove what is disposable; one row for each run with the bytes that were (or would be) freed.
+
+    unfinished: give up the runs that have not finished.
+    """
     unknown = sorted(set(names) - {run.folder.name for run in runs})
     if unknown:
         known = ", ".join(run.folder.name for run in runs) or "none"
@@ -155,13 +175,21 @@ def prune(runs: Sequence[Run], names: Sequence[str], dry_run: bool) -> list[dict
     for run in runs:
         if names and run.folder.name not in names:
             continue
-        doomed = list(run.disposable())
+        doomed = list(run.disposable(unfinished))
         freed = sum(size_of(path) for path in doomed)
         if not dry_run:
             for path in doomed:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         rows.append({"run": run.folder.name, "status": run.status, "freed": freed})
     return rows
+
+
+def _is_plain_copy(folder: Path) -> bool:
+    """Whether a folder is what its name says, and can be written again."""
+    with suppress(OSError, ValueError, AttributeError):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest.get("as") == "dequantized" and SOURCE in manifest.get("extra", {})
+    return False
 
 
 def size_of(path: Path) -> int:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from raydistill.background import begin
 from raydistill.errors import StorageError, UserError
+from raydistill.results.provenance import scrub
 
 Answer = TypeVar("Answer")
 PAUSES_S = (0.5, 2.0)  # before the second and the third try
@@ -43,10 +44,17 @@ NO_ANSWER = (
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One folder there. deadline: a `time.monotonic()` after which nothing more is tried."""
+    """One folder there; in a text, its URL without the password.
+
+    deadline: a `time.monotonic()` after which nothing more is tried.
+    """
 
     url: str
     deadline: float | None = None
+
+    def __str__(self) -> str:
+        """The URL as it may be shown: without its password."""
+        return str(scrub(self.url))
 
     def below(self, *parts: str) -> Storage:
         """A folder in this one."""
@@ -136,7 +144,7 @@ class Storage:
         name, data = f".raydistill-check-{uuid.uuid4().hex[:8]}", os.urandom(16)
         self.write(data, name)
         if self.read(name) != data:
-            raise StorageError(f"run.storage={self.url!r} does not give back what was written to it")
+            raise StorageError(f"run.storage={str(self)!r} does not give back what was written to it")
         self.remove(name)
 
     def _place(self, name: str, write: Callable[[Any, str], object], size: int) -> None:
@@ -158,7 +166,9 @@ class Storage:
         try:
             self._ask(place, size)
         except FileNotFoundError as error:
-            raise StorageError(f"run.storage={self.url!r} does not exist; create the bucket or folder first") from error
+            raise StorageError(
+                f"run.storage={str(self)!r} does not exist; create the bucket or folder first"
+            ) from error
 
     def _ask(self, call: Callable[[Any, str], Answer], size: int = 0) -> Answer:
         """Try a few times. FileNotFoundError is an answer; anything else becomes a StorageError."""
@@ -175,7 +185,7 @@ class Storage:
             except Exception as error:  # every kind of storage has errors of its own
                 is_late = self.deadline is not None and time.monotonic() + (pause or 0) >= self.deadline
                 if pause is None or is_late or not _may_pass(error):
-                    raise StorageError(f"run.storage={self.url!r} {_reason(error)}") from error
+                    raise StorageError(f"run.storage={str(self)!r} {scrub(_reason(error))}") from error
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
@@ -192,10 +202,10 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         home = str(known_implementations[scheme]["class"]).partition(".")[0]
         package = f"`pip install {home}`" if home != "fsspec" else str(error)
-        raise UserError(f"run.storage={url!r} needs a package that is not installed here: {package}") from error
+        raise UserError(f"run.storage={scrub(url)!r} needs a package that is not installed here: {package}") from error
     except ValueError as error:
         raise UserError(
-            f'run.storage={url!r} cannot be opened ({error}); s3://bucket/prefix is the usual form, `python -c "import '
+            f'run.storage={scrub(url)!r} cannot be opened ({error}); s3://bucket/prefix is the usual form, `python -c "import '
             'fsspec; print(fsspec.available_protocols())"` lists all'
         ) from error
     if hasattr(fs, "retries"):

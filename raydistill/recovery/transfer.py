@@ -41,7 +41,7 @@ def pull(root: Storage, output: Path, name: str) -> Path:
     sizes = run.list()
     if RECORD_FILE not in sizes:
         known = sorted({there.partition("/")[0] for there in root.below(RUNS).list()})
-        raise UserError(f"{root.url} has no run {name!r}; there are: {', '.join(known) or 'none'}")
+        raise UserError(f"{root} has no run {name!r}; there are: {', '.join(known) or 'none'}")
     if is_at_work(folder):
         raise UserError(f"run {name!r} is at work in another process ({folder}); wait for it, or name another --output")
     bring_record(folder, run)
@@ -49,9 +49,7 @@ def pull(root: Storage, output: Path, name: str) -> Path:
     for version in sorted(stored.versions()):
         problem = stored.bring(folder / CHECKPOINTS, version)
         if problem is not None:
-            raise RunError(
-                f"checkpoint {version} in {run.url} is damaged: {problem}; the rest of the run was not brought"
-            )
+            raise RunError(f"checkpoint {version} in {run} is damaged: {problem}; the rest of the run was not brought")
     for path, size in sizes.items():
         if not path.startswith(f"{CHECKPOINTS}/{PREFIX}") and path != RECORD_FILE:
             run.get(path, folder / path, size)
@@ -67,9 +65,7 @@ def push(root: Storage, output: Path, name: str) -> None:
         raise UserError(f"run {name!r} is at work, and brings its own files to run.storage; wait for its end")
     refuse_driven(run)
     if bring_record(folder, run):
-        raise UserError(
-            f"{run.url} has gone further than {folder}, whose record was brought up to it; nothing was pushed"
-        )
+        raise UserError(f"{run} has gone further than {folder}, whose record was brought up to it; nothing was pushed")
     stored = StoredCheckpoints(run)
     for checkpoint in sorted((folder / CHECKPOINTS).glob(f"{PREFIX}*")):
         if damage(checkpoint) is None:

@@ -169,6 +169,7 @@ class Courier:
         self._errands: dict[Path, _Errand] = {}
         self._finished: dict[Path, tuple[int, int]] = {}  # records that were delivered, with their size and inode
         self._locked: set[Path] = set()  # by other processes
+        self._unlockable: set[Path] = set()  # their disk takes no lock; it may later
         self._gave_up = False
 
     def run(self) -> bool:
@@ -185,8 +186,8 @@ class Courier:
                     self._advance(folder, patience)
                 if no_more_lines and self._leaves_locked_ones(begin):
                     self._locked.clear()
-                if not self._errands and not self._locked and (no_more_lines or not self._many):
-                    return not self._gave_up
+                if not self._errands and not self._locked and (no_more_lines or not (self._many or self._unlockable)):
+                    return not self._gave_up and not self._unlockable
                 self._writer_gone.wait(POLL_S) if not no_more_lines else time.sleep(POLL_S)
         finally:
             for errand in self._errands.values():
@@ -195,17 +196,22 @@ class Courier:
     def _look(self) -> None:
         """Take up the runs that are new or have new lines, those that others belong to first."""
         self._locked.clear()
+        unlockable, self._unlockable = self._unlockable, set()
         found = [folder for folder in self._find() if folder not in self._errands and self._has_news(folder)]
         for folder in sorted(found, key=lambda one: (start_of(one) or {}).get("parent") is not None):
             destination = self._destination_of(folder)
             if destination is None:
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / LOCK_FILE)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire(blocking=False)
             except Timeout:
                 self._locked.add(folder)
+            except OSError as error:
+                if folder not in unlockable:
+                    log(f"{folder.name}: cannot be delivered yet: {error}")
+                self._unlockable.add(folder)
             else:
                 self._errands[folder] = _Errand(lock=lock, routes=self._routes(folder, destination))
 

@@ -150,13 +150,26 @@ class DeliveryHandle:
 
     folder: Path
     process: subprocess.Popen[str]
+    is_late: bool = False  # `finish` has ended it before it was done
 
     @property
     def problem(self) -> str | None:
         """Why the store (or a sink) is behind, one line; None while all is well."""
+        return self._told or self._silent
+
+    @property
+    def _told(self) -> str | None:
         files = [STATE_FILE, *(sink_state_file(name) for name in SINKS)]
         states = [read_state(folder, file) for folder in (self.folder, *record_folders(self.folder)) for file in files]
         return next((state.problem for state in states if state.problem), None)
+
+    @property
+    def _silent(self) -> str | None:
+        """The same of a process that has ended without a word in any run's folder."""
+        if self.is_late:
+            return "not all was there in time"
+        code = self.process.poll()
+        return f"its process ended with exit code {code}, see {self.folder / LOG_FILE}" if code else None
 
     def finish(self, timeout_s: float = FINISH_S) -> bool:
         """Say that the records are complete, wait for the rest to be delivered; False if it was not in time.
@@ -169,6 +182,7 @@ class DeliveryHandle:
         try:
             return self.process.wait(timeout_s) == 0
         except subprocess.TimeoutExpired:
+            self.is_late = True
             self.process.terminate()
             try:
                 self.process.wait(min(_TERMINATE_S, timeout_s))

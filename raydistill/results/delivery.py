@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -110,7 +111,10 @@ class Delivery:
         self._store, self._inode = None, None
         first_line = (str(error).strip().splitlines() or [""])[0][:300]
         problem: str = scrub(f"{type(error).__name__}: {first_line}")
-        self._save(problem=problem)
+        with suppress(
+            OSError
+        ):  # the full disk may be what failed; the place in memory goes to the file with the next attempt
+            self._save(problem=problem)
         return problem
 
     def _opened(self) -> Store:
@@ -218,4 +222,5 @@ def read_state(folder: Path, state_file: str = STATE_FILE) -> State:
 
 def log(text: str) -> None:
     """One line with the time on standard error, which the driver keeps in `delivery.log`."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # on a full disk delivering goes before telling
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -10,6 +10,8 @@ from raydistill.errors import UserError
 from raydistill.results.record_lines import RECORD_FILE
 
 LOCK = "run.lock"
+ASIDE = ".before-"
+"""In the name of a folder that --resume never set aside: no run goes on there."""
 
 
 def run_folders(folder: Path) -> list[Path]:

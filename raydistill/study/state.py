@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.ptq.baselines import Baseline
-from raydistill.recovery.resume import flat_settings, is_listed
+from raydistill.recovery.resume import NEUTRAL, flat_settings, is_listed
 
 FILE = "study.json"
 MAY_CHANGE = (
-    *("run.name", "run.output", "run.storage", "run.verbose", "run.resume", "cluster.", "results."),
+    *NEUTRAL,
     *("study.tasks", "study.task_data", "study.task_limit", "study.num_fewshot"),  # of the final evaluation alone
 )
 """Fields that a study may go on with although they differ."""
@@ -102,7 +102,10 @@ def study_lock(folder: Path) -> Iterator[None]:
 
 def _comparable(config: Config) -> dict[str, Any]:
     """Every setting that must be the same, as JSON keeps it."""
-    settings = flat_settings(json.loads(config.model_dump_json()))
+    return _that_count(flat_settings(json.loads(config.model_dump_json())))
+
+
+def _that_count(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not is_listed(name, MAY_CHANGE)}
 
 
@@ -112,7 +115,7 @@ def _read(folder: Path) -> StudyState | None:
         return StudyState(
             folder=folder,
             name=kept["name"],
-            settings=kept["settings"],
+            settings=_that_count(kept["settings"]),
             is_finished=kept["is_finished"],
             baselines={
                 method: [Baseline.from_json(one) for one in found] for method, found in kept["baselines"].items()

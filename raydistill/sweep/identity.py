@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import UserError
+from raydistill.recovery.resume import NEUTRAL, is_listed
 from raydistill.report.page import write_whole_text
 from raydistill.results.record_lines import start_of
 from raydistill.sweep.spec import Sweep
@@ -60,10 +61,13 @@ def _has_begun(sweep: Sweep) -> bool:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Each key that is not the same, or that one side lacks; the points only where nothing else explains them."""
+    """Each key that is not the same, or that one side lacks, but for settings that change no result; the points only where
+    nothing else explains them."""
     old, new = _flat(before), _flat(now)
     is_same = True
     for key in dict.fromkeys([*old, *new]):
+        if is_listed(key.removeprefix("settings."), NEUTRAL):
+            continue
         if key != POINTS and (key not in old or key not in new or old[key] != new[key]):
             is_same = False
             yield f"{key} was {_told(old, key)}, is {_told(new, key)}"

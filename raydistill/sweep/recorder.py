@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from rich.console import Console
 
+from raydistill.config import ResultsSection
 from raydistill.progress import say
 from raydistill.report.sweep_page import write_sweep_page
+from raydistill.results.provenance import scrub
 from raydistill.results.record_lines import read_record
 from raydistill.sweep.spec import Sweep
 from raydistill.sweep.state import OVER, SHARES, SweepState, Trial
@@ -33,7 +36,9 @@ class SweepRecorder(Callback):
         self._started: dict[str, float] = {}  # run -> when it began this time
 
     def __getstate__(self) -> Any:
-        return self._sweep
+        """Tune writes it to the disk: without the address of the results store, which may hold a password."""
+        base = self._sweep.base.model_copy(update={"results": ResultsSection()})
+        return replace(self._sweep, base=base)
 
     def __setstate__(self, sweep: Any) -> None:
         self._sweep = sweep
@@ -107,4 +112,4 @@ def reason_of(folder: Path, trial: Any, since: float) -> str:
     error = trial.get_pickled_error()
     text = str(getattr(error, "cause", None) or error or "no reason is known; see its log")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1]
+    return str(scrub(lines[-1]))

@@ -28,7 +28,7 @@ from raydistill.report.sweep_page import SweepPage, write_sweep_page
 from raydistill.results.deliver import FINISH_S, start_delivery
 from raydistill.results.record_lines import require_start
 from raydistill.results.recorded import STOPPED_S, recorded
-from raydistill.results.run_folders import is_at_work
+from raydistill.results.run_folders import ASIDE, is_at_work
 from raydistill.results.store import default_uri
 from raydistill.sweep.host import SweepHost
 from raydistill.sweep.identity import check_identity, check_runs
@@ -137,9 +137,8 @@ def _delivered(sweep: Sweep) -> Iterator[None]:
     finally:
         if not delivery.finish(patience_s):
             later = f"python -m raydistill.results.deliver --under {output}"
-            reason = delivery.problem or "not all was there in time"
             console.print(
-                f"warning: the results store is behind ({reason}); deliver later with `{later}`",
+                f"warning: the results store is behind ({delivery.problem}); deliver later with `{later}`",
                 style="yellow",
                 soft_wrap=True,
             )
@@ -208,4 +207,4 @@ def _set_aside(sweep: Sweep) -> None:
             if is_at_work(run):
                 raise UserError(f"{run} is at work in another process; wait for it, stop it, or choose another --name")
         for path in [*runs, *([folder] if has_begun else [])]:
-            path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+            path.rename(path.with_name(f"{path.name}{ASIDE}{stamp}"))

@@ -78,7 +78,7 @@ def mirrored(sweep: Sweep, console: Console) -> Iterator[None]:
         if mirror is not None:
             mirror.push_tree()
             left = mirror.finish(FINISH_S if is_over else STOP_S)
-            text = f"{sweep.folder} did not get to {sweep.base.run.storage} whole: {mirror.problem}"
+            text = f"{sweep.folder} did not get to {sweep_storage(sweep)} whole: {mirror.problem}"
             if left and is_over:
                 raise RunError(text)
             if left:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from raydistill.errors import RunError
 from raydistill.messages import StudentWeights
 from raydistill.recovery.checkpoint import (
+    OPTIMIZER,
     commit_checkpoint,
     digests,
     partial_folder,
@@ -27,10 +28,10 @@ from raydistill.recovery.checkpoint import (
 from raydistill.recovery.ledger import Ledger, bring_ledger
 from raydistill.recovery.storage import Storage
 from raydistill.recovery.stored import make_whole
+from raydistill.results.provenance import scrub
 from raydistill.trainer.deepspeed_engine import STATE, DeepSpeedEngine
 from raydistill.trainer.ranks import from_all, from_first
 
-OPTIMIZER = "optimizer"
 RANDOM = "random-"
 
 
@@ -68,7 +69,7 @@ def save_rank(
             name: found for part in from_all(digests(partial) if is_lowest else {}) for name, found in part.items()
         }
         facts = {
-            **from_first(dict(description) if rank == 0 else None),
+            **from_first(scrub(description) if rank == 0 else None),  # the settings in it name stores, with passwords
             "ledger_bytes": [size for size, _ in ledgers],
             "ledger_sha256": [digest for _, digest in ledgers],
             "files": files,

@@ -40,6 +40,7 @@ MAY_IMPORT_ONLY = {
         "raydistill.roles",
         "raydistill.health",
         "raydistill.quant.hashing",
+        "raydistill.quant.formats",  # plain data
         "raydistill.results",
         "raydistill.cli",
         "raydistill.progress",

@@ -74,6 +74,23 @@ def test_another_command_without_a_name_starts_a_run_of_its_own(tmp_path: Path, 
     assert run_folder(config_of(tmp_path / "two", url), "data-2").name != folder.name
 
 
+def test_an_unfinished_run_in_the_storage_is_named_where_another_begins(tmp_path: Path, url: str) -> None:
+    first, said = config_of(tmp_path / "one", url), list[str]()
+    folder = run_folder(first, DATA)
+    live(folder, first)
+    second = config_of(tmp_path / "two", url)
+    changed = second.model_copy(update={"trainer": second.trainer.model_copy(update={"learning_rate": 1e-3})})
+    other = run_folder(changed, DATA, said.append)
+    assert other.name != folder.name
+    assert said == [
+        f"runs/{folder.name} is unfinished and differs in trainer.learning_rate only; --run.name {folder.name} goes on with it"
+    ]
+    assert not (tmp_path / "two" / "runs" / folder.name).exists(), "nothing was brought for it"
+    live(folder, first, steps=5, end="finished")
+    run_folder(changed, DATA, said.append)
+    assert len(said) == 1
+
+
 def test_a_run_that_finished_elsewhere_is_over_here(tmp_path: Path, url: str) -> None:
     """Also on the machine that began it, whose own record knows nothing of the end."""
     first, second = config_of(tmp_path / "one", url), config_of(tmp_path / "two", url)

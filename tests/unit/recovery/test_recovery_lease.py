@@ -84,6 +84,15 @@ def test_a_driver_that_no_longer_renews_is_waited_for_and_followed(run: Storage,
     assert not lease_file(tmp_path).exists()
 
 
+def test_a_run_that_was_stopped_gives_its_object_back_in_what_time_is_left(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    with held(run, limit=lambda wanted_s: min(wanted_s, 0.7)):
+        monkeypatch.setattr(lease, "_read", lambda run, limit_s=lease.WATCH_S: limits.append(limit_s))
+    assert limits[-1] == 0.7
+
+
 def test_one_that_died_on_this_machine_or_long_ago_is_not_waited_for(run: Storage, tmp_path: Path) -> None:
     said: list[str] = []
     died = subprocess.run(
@@ -131,7 +140,7 @@ def test_who_finds_another_driver_beside_itself_says_so_once(run: Storage, tmp_p
 def test_a_driven_run_is_neither_set_aside_nor_gone_on_with(tmp_path: Path) -> None:
     """The second machine gives the same command: with a name it is refused at the run itself, without one it starts a run of
     its own."""
-    url = f"file://{tmp_path}/remote"
+    url, said = f"file://{tmp_path}/remote", list[str]()
     first, second = (config_of(tmp_path / disk, url) for disk in ("one", "two"))
     folder = run_folder(first, DATA)
     live(folder, first)
@@ -141,6 +150,9 @@ def test_a_driven_run_is_neither_set_aside_nor_gone_on_with(tmp_path: Path) -> N
     third = config_of(tmp_path / "three", url)
     with driven_elsewhere(lease_file(tmp_path, folder.name)):
         assert run_folder(third, DATA).name != folder.name
+        changed = third.model_copy(update={"trainer": third.trainer.model_copy(update={"num_steps": 7})})
+        run_folder(changed, DATA, said.append)
+        assert said == [], "it is no unfinished run that waits for anybody"
         with pytest.raises(UserError, match="drives it"):
             set_aside(stored)
     assert run_folder(third, DATA).name == folder.name

@@ -1,19 +1,23 @@
 """Which run a command is about, and which settings may change on the way."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raydistill.config import Config
+from raydistill.config.fields import config_fields
 from raydistill.errors import UserError
 from raydistill.recovery.resume import (
     LOCK,
+    MAY_CHANGE,
     ResumePoint,
     check_steps,
     find_checkpoint,
     goes_on_with,
+    is_listed,
     last_status,
     locked,
     run_folder,
@@ -79,6 +83,67 @@ def test_what_a_command_goes_on_with_can_be_asked_beforehand(tmp_path: Path) -> 
     assert goes_on_with(config, "data-2") is None
     assert goes_on_with(make_config(tmp_path, run__name="a", run__resume="never"), DATA) is None
     assert (tmp_path / "runs" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout__timeout_s": 1200},
+        {"trainer__timeout_s": 60},
+        {"rollout__num_actors": 2, "rollout__num_gpus": 1, "teacher__num_actors": 3},
+        {"checkpoint__keep_last": 1},
+        {"results__uri": "http://mlflow:5000"},
+        {"sync__max_policy_gap_nats": 0.5},
+        {"study__tasks": ["arc_easy"]},
+    ],
+    ids=str,
+)
+def test_a_command_goes_on_with_other_limits_devices_and_places(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """As our error lines advise: change this, and start the same command again."""
+    config, said = make_config(tmp_path), list[str]()
+    folder = run_folder(config, DATA)
+    begin(folder, config, "failed")
+    changed = make_config(tmp_path, **changes)
+    assert run_folder(changed, DATA, said.append) == folder == goes_on_with(changed, DATA)
+    assert said == []
+
+
+def test_what_may_change_is_listed_once_and_exists() -> None:
+    assert len(set(MAY_CHANGE)) == len(MAY_CHANGE)
+    names = config_fields()
+    for listed in MAY_CHANGE:
+        assert any(is_listed(name, (listed,)) for name in names), listed
+        assert listed.endswith(".") or f"{listed.partition('.')[0]}." not in MAY_CHANGE, listed
+
+
+def test_an_unfinished_run_that_differs_in_what_may_change_is_named_where_another_begins(tmp_path: Path) -> None:
+    config, said = make_config(tmp_path), list[str]()
+    for name in ("older", "newer"):
+        begin(tmp_path / "runs" / name, config, "interrupted")
+        stamp = 1e9 + (name == "newer")
+        os.utime(tmp_path / "runs" / name / LOCK, (stamp, stamp))
+    changed = make_config(tmp_path, trainer__learning_rate=1e-3, trainer__num_steps=7, rollout__timeout_s=5)
+    folder = run_folder(changed, DATA, said.append)
+    assert not folder.exists()
+    assert goes_on_with(changed, DATA) is None
+    fields = "trainer.learning_rate, trainer.num_steps"
+    assert said == [f"runs/newer is unfinished and differs in {fields} only; --run.name newer goes on with it"]
+    for other in (
+        make_config(tmp_path, trainer__learning_rate=1e-3, run__resume="never"),
+        make_config(tmp_path, trainer__learning_rate=1e-3, run__name="own"),
+        make_config(tmp_path, trainer__learning_rate=1e-3, run__seed=3),
+    ):
+        run_folder(other, DATA, said.append)
+    run_folder(changed, "data-2", said.append)
+    assert len(said) == 1
+
+
+def test_a_folder_that_was_set_aside_is_not_gone_on_with(tmp_path: Path) -> None:
+    named = make_config(tmp_path, run__name="a")
+    begin(tmp_path / "runs" / "a", named, "failed")
+    run_folder(make_config(tmp_path, run__name="a", run__resume="never"), DATA)
+    assert not run_folder(make_config(tmp_path), DATA).exists()
+    assert goes_on_with(make_config(tmp_path), DATA) is None
 
 
 @pytest.mark.parametrize(

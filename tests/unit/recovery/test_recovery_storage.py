@@ -164,6 +164,16 @@ def test_what_may_pass_is_tried_three_times(monkeypatch: pytest.MonkeyPatch, imp
         with_system(monkeypatch, failing(3, OSError("slow down"))).read("x")
 
 
+def test_no_password_of_the_url_is_shown(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+    system = failing(9, PermissionError("sftp://me:hunter2@host says no"))
+    monkeypatch.setattr(storage_module, "_open", lambda url: (system, "root"))
+    place = Storage("sftp://me:hunter2@host/place").below("runs", "a")
+    with pytest.raises(StorageError) as wrong:
+        place.read("x")
+    assert "hunter2" not in str(wrong.value) and "sftp://***@host/place/runs/a" in str(wrong.value)
+    assert f"{place}" == "sftp://***@host/place/runs/a"
+
+
 def test_a_refusal_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
     system = failing(9, PermissionError("Forbidden"))
     with pytest.raises(StorageError, match=r"refuses access \(Forbidden\)"):

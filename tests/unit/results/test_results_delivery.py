@@ -1,15 +1,21 @@
 """Delivery: nothing twice, nothing lost, whatever store, driver or record do. The store is a fake; MLflow is tested
 in tests/engine."""
 
+import errno
+import os
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_store import FakeStore, StoreDownError
+from filelock import FileLock
 
 from raydistill.messages import EvalReport, Span
 from raydistill.results import courier
-from raydistill.results.deliver import deliver, main
+from raydistill.results.deliver import DeliveryHandle, deliver, main
 from raydistill.results.delivery import STATE_FILE, Delivery, read_state
 from raydistill.results.record import RunRecord
 from raydistill.results.store import default_uri, sqlite_path
@@ -94,6 +100,73 @@ def test_a_store_that_stays_down_leaves_the_record_and_says_why(
     assert deliver_to(store, tmp_path)
     assert store.steps("run0") == [0, 1, 2]
     assert read_state(tmp_path).problem is None
+
+
+class FullDisk:
+    """Takes neither the file that says how far a delivery came nor a line of its log, so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left, self._replace = times, os.replace
+        monkeypatch.setattr(os, "replace", self.replace)
+        monkeypatch.setattr(sys, "stderr", self)
+
+    def _fails(self) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def replace(self, one: Path, other: Path) -> None:
+        self._fails()
+        self._replace(one, other)
+
+    def write(self, text: str) -> int:
+        self._fails()
+        return len(text)
+
+    def flush(self) -> None:
+        self._fails()
+
+
+def test_a_full_disk_delays_a_delivery_and_does_not_end_it(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(tmp_path).end("finished")
+    disk = FullDisk(monkeypatch, times=9)
+    store.fail_before = [StoreDownError("connection refused")]
+    assert deliver_to(store, tmp_path, follow=True, give_up_s=10)
+    assert disk.left == 0
+    assert store.steps("run0") == [0, 1, 2]
+    assert len(store.runs) == 1
+    assert read_state(tmp_path).problem is None
+    assert read_state(tmp_path).num_points == 3
+
+
+def test_a_disk_that_takes_no_lock_yet_delays_a_delivery(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(tmp_path).end("finished")
+    disk = FullDisk(monkeypatch, times=3)
+
+    class Lock(FileLock):
+        def acquire(self, *arguments: Any, **more: Any) -> Any:
+            disk._fails()
+            return super().acquire(*arguments, **more)
+
+    monkeypatch.setattr(courier, "FileLock", Lock)
+    assert deliver_to(store, tmp_path, follow=True)
+    assert store.steps("run0") == [0, 1, 2]
+    disk.left = 3
+    assert not deliver_to(store, tmp_path), "asked for once, and not done"
+
+
+def test_a_delivery_that_ended_without_a_word_says_where_to_look(tmp_path: Path) -> None:
+    process: Any = SimpleNamespace(poll=lambda: 1)
+    handle = DeliveryHandle(tmp_path, process)
+    assert handle.problem == f"its process ended with exit code 1, see {tmp_path / 'delivery.log'}"
+    handle.is_late = True
+    assert handle.problem == "not all was there in time"
+    process.poll = lambda: None
+    assert DeliveryHandle(tmp_path, process).problem is None
 
 
 def test_a_run_that_had_ended_when_it_was_delivered_stays_as_it_ended(tmp_path: Path, store: FakeStore) -> None:

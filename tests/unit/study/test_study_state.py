@@ -41,8 +41,12 @@ def test_other_settings_are_another_study_but_for_those_that_change_no_number(tm
     open_study(tmp_path, CONFIG)
     same = changed(run={"verbose": True}, cluster={"num_cpus": 3}, results={"uri": "http://mlflow"})
     assert open_study(tmp_path, same).is_resumed
+    assert open_study(
+        tmp_path, changed(rollout={"timeout_s": 9, "num_actors": 2}, checkpoint={"keep_last": 1})
+    ).is_resumed
     assert open_study(tmp_path, changed(study={"tasks": ["arc_easy"], "task_limit": 9})).is_resumed
     assert not open_study(tmp_path, changed(trainer={"num_steps": 11})).is_resumed
+    assert not open_study(tmp_path, changed(world={"recipe": {"hidden_size": 8}})).is_resumed
 
 
 def test_never_resume_starts_anew_and_the_plain_command_then_goes_on_with_that_one(tmp_path):

@@ -48,12 +48,19 @@ def test_a_sweep_of_other_settings_does_not_go_on_in_the_same_folder(tmp_path: P
 def test_until_a_trial_begins_the_settings_may_change(tmp_path: Path) -> None:
     """As where a sweep was refused for want of room, and somebody follows the advice."""
     check_identity(sweep(tmp_path, TWO), retry_failed=False)
-    other = sweep(tmp_path, TWO, "--trainer.num_cpus", "1")
+    other = sweep(tmp_path, TWO, "--adapter.rank", "8")
     check_identity(other, retry_failed=False)
     SweepState.of(other).change("lr-000", values={}, status="running")
-    with pytest.raises(UserError, match=r"settings\.trainer\.num_cpus was 1.*, is 0\.5"):
+    with pytest.raises(UserError, match=r"settings\.adapter\.rank was 8, is 32"):
         check_identity(sweep(tmp_path, TWO), retry_failed=False)
     assert [path.name for path in other.folder.iterdir() if "identity" in path.name] == ["identity.json"]
+
+
+def test_limits_devices_and_places_may_change(tmp_path: Path) -> None:
+    """As where trials failed by a limit, and somebody follows the advice."""
+    begun(tmp_path, TWO)
+    other = ("--rollout.timeout_s", "9", "--rollout.num_actors", "2", "--checkpoint.keep_last", "1")
+    check_identity(sweep(tmp_path, TWO, *other), retry_failed=False)
 
 
 def test_a_trial_has_begun_whose_run_there_is_though_the_sweeps_file_has_gone(tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_trial_has_begun_whose_run_there_is_though_the_sweeps_file_has_gone(tm
     with RunRecord(tmp_path / "runs" / "lr-000") as record:
         record.start(name="lr-000", config={}, provenance={}, seed=0)
     with pytest.raises(UserError, match="cannot go on with other settings"):
-        check_identity(sweep(tmp_path, TWO, "--trainer.num_cpus", "1"), retry_failed=False)
+        check_identity(sweep(tmp_path, TWO, "--adapter.rank", "8"), retry_failed=False)
 
 
 def test_an_entry_of_a_table_that_is_gone_is_noticed(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """What a sweep says of its trials."""
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 from raydistill.results.record_lines import RECORD_FILE
-from raydistill.sweep.recorder import reason_of
+from raydistill.sweep.recorder import SweepRecorder, reason_of
+from raydistill.sweep.spec import load_sweep
 
 
 def test_the_reason_of_a_failure_is_this_tries_own(tmp_path: Path) -> None:
@@ -18,3 +20,14 @@ def test_the_reason_of_a_failure_is_this_tries_own(tmp_path: Path) -> None:
         reason_of(tmp_path, trial, since=110.0) == "ResourceError: no teacher answers"
     )  # its record was not opened again
     assert reason_of(tmp_path / "none", trial, since=0.0) == "ResourceError: no teacher answers"
+
+
+def test_what_tune_and_the_sweeps_file_keep_holds_no_password(tmp_path: Path) -> None:
+    (tmp_path / "lr.toml").write_text('[space]\n"trainer.learning_rate" = [1e-3, 2e-3]')
+    uri = "postgresql://me:hunter2@host/db"
+    sweep = load_sweep(tmp_path / "lr.toml", ["--run.output", str(tmp_path), "--results.uri", uri])
+    kept = pickle.dumps(SweepRecorder(sweep))
+    assert b"hunter2" not in kept
+    assert pickle.loads(kept).state.trials == {}
+    trial = SimpleNamespace(get_pickled_error=lambda: SimpleNamespace(cause=f"UserError: {uri} does not answer"))
+    assert reason_of(tmp_path, trial, since=0.0) == "UserError: postgresql://***@host/db does not answer"
