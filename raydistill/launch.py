@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from raydistill.attempt import Attempt
     from raydistill.data.dataset import Dataset
     from raydistill.driver_records import OnEvaluation
-    from raydistill.inputs import RunInputs
+    from raydistill.preflight.findings import Finding
     from raydistill.recovery.resume import ResumePoint
     from raydistill.recovery.run_storage import RunStorage
     from raydistill.results.record import RunRecord
@@ -214,7 +214,9 @@ class Launch:
         import ray
 
         from raydistill.inputs import load_inputs
+        from raydistill.preflight.findings import findings_of, gpu_findings
         from raydistill.preflight.placement import check_placement, node_resources
+        from raydistill.preflight.plan import make_plan
         from raydistill.preflight.storage import check_nodes_reach_storage, check_storage, check_writable
         from raydistill.recovery.lease import held_async
         from raydistill.recovery.resume import check_steps, find_checkpoint, locked, run_folder, run_storage
@@ -227,10 +229,12 @@ class Launch:
         # In a thread: other runs may share this event loop, and a signal is to end this one at once.
         inputs = self._inputs = await aside(load_inputs, self._config, self._console, self._within.datasets)
         config = self._config = inputs.config
-        self._findings = await aside(self._examine, inputs)
+        plan = await aside(make_plan, config)
+        self._findings = self._judged(await aside(findings_of, inputs, plan))
         self._folder = await aside(run_folder, config, inputs.data.fingerprint, self._say)
         start_cluster(config)
         check_placement(config, node_resources(ray.nodes()))
+        self._findings += self._judged(gpu_findings(config, plan, ray.nodes()))
         await aside(check_nodes_reach_storage, config)
         self._seconds["checks"] = time.time() - start
         stored = run_storage(config, self._folder)
@@ -268,11 +272,8 @@ class Launch:
         record.warning(text)
         self._say(f"warning: {text}")
 
-    def _examine(self, inputs: RunInputs) -> list[dict[str, Any]]:
-        """What `raydistill doctor` would say of these inputs: problems end the run, warnings are shown."""
-        from raydistill.preflight.findings import findings_of
-
-        found = findings_of(inputs)
+    def _judged(self, found: Sequence[Finding]) -> list[dict[str, Any]]:
+        """What `raydistill doctor` would say: problems end the run, warnings are shown."""
         problems = [finding.text for finding in found if finding.status == "problem"]
         if problems:
             raise ResourceError("\n".join(problems))

@@ -137,8 +137,8 @@ def _compare_vocabularies(student: str, tokenizer: Any, teacher: str, other: Any
     if wrong or not shared:
         first = wrong[0] if wrong else 0
         raise ModelError(
-            f"teacher {teacher} and student {student} disagree on {len(wrong):,} of {len(shared):,} token ids, first at "
-            f"id {first}: {theirs.get(first)!r} vs {mine.get(first)!r}. Choose models that share a tokenizer"
+            f"teacher.model={teacher!r} and student.model={student!r} disagree on {len(wrong):,} of {len(shared):,} token ids, "
+            f"first at id {first}: {theirs.get(first)!r} vs {mine.get(first)!r}. Choose models that share a tokenizer"
         )
 
 
@@ -186,5 +186,5 @@ def check_layers(config: Config, model: Any) -> None:
     layers = quantizable_modules(model, config.quant.skip)
     if spec.weight_format is not None:
         for name, layer in layers.items():
-            check_group_size(layer.in_features, spec.weight_format, name)
+            check_group_size(layer.in_features, spec.weight_format, name, "quant.group_size")
     prepare_student(model, None, config.adapter.mode, spec.lora, skip=config.quant.skip)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,11 @@ from raydistill.cli import command_parser, console, print_table
 from raydistill.config import Config
 from raydistill.config.load import load_config
 from raydistill.errors import RunError, UserError
-from raydistill.preflight.findings import Finding, findings_of, guarded
+from raydistill.preflight.findings import Finding, findings_of, gpu_findings, guarded
 from raydistill.preflight.storage import check_storage, check_writable
 
 if TYPE_CHECKING:
     from raydistill.inputs import RunInputs
-    from raydistill.preflight.memory import GpuMemory
 
 SUMMARY = """\
 Check a config before it runs: models, vocabularies, EOS and chat template, data, storage, memory, ports, placement; with
@@ -65,6 +64,7 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
     inputs = None
     try:
         from raydistill.inputs import load_inputs
+        from raydistill.preflight.plan import make_plan
         from raydistill.preflight.planned import with_built_world
 
         config = with_built_world(config)
@@ -73,9 +73,18 @@ def examine(config: Config, parity: bool = False) -> list[Finding]:
         found += [Finding(check="models and data", status="problem", text=line) for line in str(error).splitlines()]
     if inputs is not None:
         config = inputs.config
-        found += findings_of(inputs, cluster_gpu_memory(config))
+        plan = make_plan(config)
+        found += findings_of(inputs, plan)
+        found += gpu_findings(config, plan, cluster_nodes(config))
     found += guarded("placement", lambda: placement_findings(config))
-    if parity and inputs is not None and config.needs_rollout_pool:
+    if parity and not config.needs_rollout_pool:
+        text = (
+            f"not measured: nothing samples here (objective.on_policy_fraction={config.objective.on_policy_fraction:g}), so "
+            "there is no engine to compare; set objective.on_policy_fraction above 0 or evaluation.exact_match, or leave "
+            "--parity out"
+        )
+        found.append(Finding(check="parity", status="warning", text=text))
+    elif parity and inputs is not None:
         found += guarded("parity", lambda: parity_findings(inputs))
     return found
 
@@ -86,9 +95,9 @@ def quiet_console() -> Any:
     return Console(quiet=True)
 
 
-def cluster_gpu_memory(config: Config) -> GpuMemory | None:
-    """Of the cluster that the config joins; None where it joins none, or does not get there: that is for the placement."""
-    from raydistill.preflight.memory import gpu_memory_of, joins_a_cluster
+def cluster_nodes(config: Config) -> Sequence[Mapping[str, Any]]:
+    """`ray.nodes()` of the cluster that the config joins; none where it does not get there: that is for the placement."""
+    from raydistill.preflight.memory import joins_a_cluster
 
     if joins_a_cluster(config):
         import ray
@@ -97,12 +106,13 @@ def cluster_gpu_memory(config: Config) -> GpuMemory | None:
 
         with suppress(UserError, RunError):
             start_cluster(config)
-            return gpu_memory_of(ray.nodes())
-    return None
+            return list(ray.nodes())
+    return ()
 
 
 def placement_findings(config: Config) -> list[Finding]:
-    """The placement plan against the cluster, where one answers, else against this machine."""
+    """The placement plan against the cluster, where one answers, else against this machine; roles have
+    nodes of their own in a cluster only."""
     from raydistill.preflight.placement import check_placement, node_resources, placement_plan
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -118,7 +128,14 @@ def placement_findings(config: Config) -> list[Finding]:
     here = config.model_copy(update={"cluster": config.cluster.model_copy(update={"by_role": False})})
     check_placement(here, [{"CPU": cpus, "GPU": _num_gpus()}])
     parts = ", ".join(f"{d.role} {d.count} x ({d.num_cpus:g} CPU, {d.num_gpus:g} GPU)" for d in placement_plan(config))
-    return [Finding(check="placement", status="ok", text=f"fits a local cluster of {cpus} CPUs: {parts}")]
+    found = [Finding(check="placement", status="ok", text=f"fits a local cluster of {cpus} CPUs: {parts}")]
+    if config.cluster.by_role:
+        text = (
+            "cluster.by_role=true asks for nodes with resources named after roles, which a local cluster has not: `train` will "
+            "refuse here; set cluster.address (or RAY_ADDRESS) to the cluster that is meant, or leave cluster.by_role out"
+        )
+        found.append(Finding(check="placement", status="warning", text=text))
+    return found
 
 
 def _num_gpus() -> int:
@@ -137,7 +154,10 @@ def parity_findings(inputs: RunInputs) -> list[Finding]:
     gap = f"mean {report.gap_mean_nats:.1e}, p99 {report.gap_p99_nats:.1e} nats (bound {bound:.0e})"
     text = f"noise floor of the policy gap: {gap}; codes {report.codes_hash}"
     if report.codes_hash != codes_hash:
-        text += f", but the trainer's are {codes_hash}: both sides must quantize the same way"
+        text += (
+            f", but the trainer's are {codes_hash}: both sides must quantize the same way; install the same versions of torch "
+            "and raydistill on all nodes, or set rollout.engine='hf', which quantizes as the trainer does"
+        )
     elif not report.gap_mean_nats <= bound:
         text += (
             "; try student.dtype='float32' or rollout.engine='hf', or raise sync.max_policy_gap_nats if you know why"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from raydistill.config import DataSection, ResultsSection
+from raydistill.config import Config, DataSection, ResultsSection
 from raydistill.errors import ResourceError, RunError, UserError
-from raydistill.preflight.memory import GpuMemory, gpu_memory_here, joins_a_cluster, memory_remarks
+from raydistill.preflight.memory import (
+    MemoryRemark,
+    gpu_memory_here,
+    gpu_memory_of,
+    gpu_remarks,
+    host_remark,
+    joins_a_cluster,
+)
 from raydistill.preflight.storage import check_room
 from raydistill.recovery.resume import goes_on_with
 from raydistill.results.reachable import silence_of
@@ -33,25 +40,29 @@ class Finding:
     text: str
 
 
-def findings_of(inputs: RunInputs, gpu: GpuMemory | None = None) -> list[Finding]:
-    """Everything that can be said of inputs that were read: models, template, memory, disk, ports. Starts nothing.
-
-    gpu: what the actors will run on in a cluster, where it is known; without a cluster it is what this machine has.
-    """
-    from raydistill.preflight.plan import make_plan
-
-    config = inputs.config
-    plan = make_plan(config)
-    if gpu is None and not joins_a_cluster(config):
-        gpu = gpu_memory_here()
-    trainable = plan["student"]["trainable"]
+def findings_of(inputs: RunInputs, plan: Mapping[str, Any]) -> list[Finding]:
+    """Everything that can be said of inputs that were read, and of what `make_plan` says of their config: models, template,
+    memory, disk, ports. Starts nothing, so a cluster's GPUs are left out: `gpu_findings`."""
+    config, trainable = inputs.config, plan["student"]["trainable"]
     found = model_findings(inputs)
-    found += [Finding(check="memory", status=said.status, text=said.text) for said in memory_remarks(config, plan, gpu)]
+    found += _memory([host_remark(plan)])
+    if not joins_a_cluster(config):
+        found += _memory(gpu_remarks(config, plan, gpu_memory_here()))
     run = goes_on_with(config, inputs.data.fingerprint)
     found += guarded("disk", lambda: [Finding(check="disk", status="ok", text=check_room(config, trainable, run))])
     found += guarded("ports", lambda: [Finding(check="ports", status="ok", text=check_ports())])
     found += guarded("results", lambda: results_findings(config.results))
     return found
+
+
+def gpu_findings(config: Config, plan: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """The plan's GPU memory against the GPUs of the cluster that the config joins, by what `ray.nodes()` gives; without a
+    cluster `findings_of` has said it."""
+    return _memory(gpu_remarks(config, plan, gpu_memory_of(nodes))) if joins_a_cluster(config) else []
+
+
+def _memory(remarks: Sequence[MemoryRemark]) -> list[Finding]:
+    return [Finding(check="memory", status=said.status, text=said.text) for said in remarks]
 
 
 def guarded(check: str, examine: Callable[[], list[Finding]]) -> list[Finding]:

@@ -8,48 +8,39 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from raydistill.cli import command_parser, console
 from raydistill.config import Config
-from raydistill.config.load import load_config
-from raydistill.errors import ConfigError, UserError
+from raydistill.errors import UserError
+
+if TYPE_CHECKING:
+    from raydistill.preflight.layouts import Layout
 
 SUMMARY = """\
 Write a config that fits a model, its data and the GPUs there are. Reads the model's config and tokenizer and the first rows of
 the data; loads no weights and starts nothing."""
 EXAMPLES = """\
 examples:
-  raydistill init --model Qwen/Qwen3-4B --data prompts.jsonl --gpus 4 -o mine.toml
-        then: raydistill doctor @mine.toml, raydistill plan @mine.toml, raydistill train @mine.toml
+  raydistill init --model Qwen/Qwen3-4B --data prompts.jsonl --gpus 4
+        writes Qwen3-4B.toml here; then: raydistill doctor @Qwen3-4B.toml, plan @Qwen3-4B.toml, train @Qwen3-4B.toml
   raydistill init --model FOLDER --data prompts.jsonl --format int2 -o mine.toml
         no GPU: everything on this machine's CPU, in float32
+  raydistill init --model FOLDER --data prompts.jsonl --gpus 1 -o - | less
+        to stdout
 """
 ROWS_READ = 512
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-SEQUENCES_PER_RANK = 16
-MICRO_BATCHES = (16, 8, 4, 2, 1)
 SPLIT_ROLES: tuple[Literal["teacher", "rollout"], ...] = ("teacher", "rollout")
-ENGINE_WEIGHTS = 0.6  # of a GPU's memory at most, so that vLLM has a cache to work with
-HEADROOM = 0.85  # of a device's memory: contexts and fragmentation are not in the estimate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Devices:
-    """How the GPUs are split; a fraction shares a device."""
-
-    rollout: float
-    rollout_actors: int
-    teacher: float
-    teacher_actors: int
-    trainer: float
-    trainer_workers: int
-    evaluation: float
+ASSUMED_GIB = 80.0  # of a GPU, where none is here and nobody says
+STDOUT = "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,86 +61,53 @@ def init_command(argv: Sequence[str]) -> int:
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training rows, JSONL")
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of the cluster (default: 0, CPU only)")
     parser.add_argument(
-        "--gpu-memory-gib", type=float, default=80.0, metavar="G", help="of one GPU (default: %(default)g)"
+        "--gpu-memory-gib",
+        type=float,
+        metavar="G",
+        help=f"memory of one GPU (default: of this machine's, {ASSUMED_GIB:g} where it has none)",
     )
     parser.add_argument("--format", choices=("int4", "int3", "int2"), default="int4", help="default: %(default)s")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the config to write")
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: MODEL.toml, after the model; -: print it")
     options = parser.parse_args(list(argv))
-    if options.output.exists():
-        raise UserError(f"-o {options.output} exists; choose another name or remove it")
+    output = None if options.output == STDOUT else Path(options.output or f"{_name_of(options.model)}.toml")
+    if output is not None:
+        check_output(output)
     if options.gpus < 0:
         raise UserError(f"--gpus {options.gpus} is below 0")
-    text = make_config(
-        options.model, options.teacher, options.data, options.gpus, options.gpu_memory_gib, options.format
-    )
-    options.output.write_text(text)
-    load_config([f"@{options.output}"])
-    console.print(
-        f"wrote {options.output}; next: raydistill doctor @{options.output}, then plan, then train", soft_wrap=True
-    )
+    if options.gpu_memory_gib is not None and not 0 < options.gpu_memory_gib < math.inf:
+        raise UserError(f"--gpu-memory-gib {options.gpu_memory_gib:g} is not above 0")
+    memory = options.gpu_memory_gib or gpu_memory_gib(options.gpus)
+    text = make_config(options.model, options.teacher, options.data, options.gpus, memory, options.format)
+    if output is None:
+        print(text, end="")
+        return 0
+    output.write_text(text)
+    console.print(f"wrote {output}; next: raydistill doctor @{output}, then plan, then train", soft_wrap=True)
     return 0
 
 
-def split_devices(num_gpus: int, teacher_gpus: int = 1, rollout_gpus: int = 1) -> Devices:
-    """Half of the GPUs train, the others sample and answer; up to three GPUs are shared out by fractions.
-
-    teacher_gpus, rollout_gpus: what one copy of the teacher and one engine need. ConfigError if there are too few.
-    """
-    if num_gpus == 0:
-        return Devices(
-            rollout=0, rollout_actors=1, teacher=0, teacher_actors=1, trainer=0, trainer_workers=1, evaluation=0
-        )
-    needed = teacher_gpus + rollout_gpus + 1
-    if needed > 3 and num_gpus < needed:
-        raise ConfigError(
-            f"--gpus {num_gpus}: one teacher needs {teacher_gpus}, one rollout engine {rollout_gpus} and the trainer at least "
-            f"1, together {needed}; give more GPUs, larger ones (--gpu-memory-gib), or smaller models"
-        )
-    if num_gpus == 1:
-        return Devices(
-            rollout=0.3, rollout_actors=1, teacher=0.2, teacher_actors=1, trainer=0.4, trainer_workers=1, evaluation=0.1
-        )
-    if num_gpus == 2:
-        return Devices(
-            rollout=0.5, rollout_actors=1, teacher=0.4, teacher_actors=1, trainer=1, trainer_workers=1, evaluation=0.1
-        )
-    teachers = max(1, num_gpus // 4 // teacher_gpus)
-    rollouts = max(1, num_gpus // 4 // rollout_gpus)
-    # The evaluation actor takes a tenth of one device, of a role whose actors have one.
-    sharing = "teacher" if teacher_gpus == 1 else "rollout" if rollout_gpus == 1 else "trainer"
-    return Devices(
-        rollout=0.9 if sharing == "rollout" else rollout_gpus,
-        rollout_actors=rollouts,
-        teacher=0.9 if sharing == "teacher" else teacher_gpus,
-        teacher_actors=teachers,
-        trainer=0.9 if sharing == "trainer" else 1,
-        trainer_workers=num_gpus - teachers * teacher_gpus - rollouts * rollout_gpus,
-        evaluation=0.1,
-    )
+def check_output(output: Path) -> None:
+    """UserError where the config could not be written there, or something is there already."""
+    if output.exists():
+        raise UserError(f"{output} exists; choose another name with -o, or remove it")
+    folder = output.parent
+    if not folder.is_dir():
+        raise UserError(f"-o {output}: there is no folder {folder}; create it, or choose another with -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"-o {output}: {folder.absolute()} cannot be written; choose another folder with -o")
 
 
-def gpus_for(tree: dict[str, Any], role: Literal["teacher", "rollout"], num_gpus: int, gpu_memory_gib: float) -> int:
-    """GPUs over which one actor of a role has to be split: the fewest at which its weights and what it computes at once fit
-    each of them (of a rollout engine the weights alone: its cache takes what is left). ConfigError if all are too few."""
-    from raydistill.preflight.plan import make_plan
+def _name_of(model: str) -> str:
+    return Path(model).expanduser().resolve().name if Path(model).is_dir() else Path(model).name
 
-    room = gpu_memory_gib * 2**30 * (HEADROOM if role == "teacher" else ENGINE_WEIGHTS)
-    needed, number = 0.0, 1
-    while number <= max(num_gpus, 1):
-        split = {"num_gpus": number} | ({"tensor_parallel_size": number} if role == "rollout" else {})
-        parts = [
-            part
-            for part in make_plan(_validated(tree | {role: tree[role] | split}))["memory"]
-            if part["role"] == role and part["place"] == "GPU"
-        ]
-        needed = sum(part["bytes"] for part in parts if role == "teacher" or part["name"].startswith("weights"))
-        if needed <= room:
-            return number
-        number *= 2  # attention heads divide by powers of two
-    raise ConfigError(
-        f"one {role} actor needs about {needed / 2**30:.0f} GiB on each of {number // 2} GPUs, there are {room / 2**30:.0f}; "
-        "give more GPUs, larger ones (--gpu-memory-gib), or a smaller model"
-    )
+
+def gpu_memory_gib(num_gpus: int) -> float:
+    """Of this machine's smallest GPU, where it has one; else an assumption."""
+    from raydistill.preflight.devices import GIB
+    from raydistill.preflight.memory import gpu_memory_here
+
+    here = gpu_memory_here() if num_gpus else None
+    return here.bytes / GIB if here else ASSUMED_GIB
 
 
 def measure_lengths(config: Config) -> Lengths:
@@ -178,85 +136,44 @@ def measure_lengths(config: Config) -> Lengths:
 def make_config(
     model: str, teacher: str | None, data: Path, num_gpus: int, gpu_memory_gib: float, weight_format: str
 ) -> str:
-    """The file's text. ConfigError if one sequence does not fit a trainer's device."""
-    devices = split_devices(num_gpus)  # as if every model fits one device, until the lengths are known
+    """The file's text. ConfigError if no layout of the actors fits the devices."""
+    from raydistill.preflight.layouts import fit, gpus_for, laid_out, layouts, validated
+    from raydistill.preflight.plan import planned_sizes
+
     dtype = "bfloat16" if num_gpus else "float32"
     tree: dict[str, Any] = {
         "student": {"model": model, "dtype": dtype},
-        "teacher": {
-            "model": teacher,
-            "dtype": dtype,
-            "num_actors": devices.teacher_actors,
-            "num_gpus": devices.teacher,
-        },
+        "teacher": {"model": teacher, "dtype": dtype},
         "data": {"path": str(data), "max_length": 256},
         "quant": {"format": weight_format},
-        "rollout": {"num_actors": devices.rollout_actors, "num_gpus": devices.rollout, "max_new_tokens": 32},
-        "trainer": {"num_workers": devices.trainer_workers, "num_gpus": devices.trainer},
-        "evaluation": {"num_gpus": devices.evaluation},
+        "rollout": {"max_new_tokens": 32},
     }
-    lengths = measure_lengths(_validated(tree))
-    tree["data"]["max_length"] = lengths.max_length
+    lengths = measure_lengths(validated(tree))
+    tree["data"] |= {"max_length": lengths.max_length, "min_completion": lengths.min_completion}
     tree["rollout"]["max_new_tokens"] = lengths.max_new_tokens
-    if num_gpus:
-        needed = [gpus_for(tree, role, num_gpus, gpu_memory_gib) for role in SPLIT_ROLES]
-        devices = split_devices(num_gpus, *needed)
-        tree["teacher"] |= {"num_actors": devices.teacher_actors, "num_gpus": devices.teacher}
-        ranks = max(1, int(devices.rollout))
-        tree["rollout"] |= {
-            "num_actors": devices.rollout_actors,
-            "num_gpus": devices.rollout,
-            "tensor_parallel_size": ranks,
-        }
-        tree["trainer"] |= {"num_workers": devices.trainer_workers, "num_gpus": devices.trainer}
     tree["objective"] = {"on_policy_fraction": 0.5 if lengths.has_references else 1.0}
-    tree["trainer"]["sequences_per_step"] = SEQUENCES_PER_RANK * devices.trainer_workers
-    micro, checkpointing = fit_trainer(tree, devices, gpu_memory_gib)
-    return _text(tree, devices, lengths, micro, checkpointing, gpu_memory_gib)
+    sizes = planned_sizes(validated(tree))
+    needed = [gpus_for(tree, sizes, role, num_gpus, gpu_memory_gib) for role in SPLIT_ROLES] if num_gpus else []
+    layout = fit(tree, sizes, layouts(num_gpus, *needed), gpu_memory_gib)
+    text = _text(laid_out(tree, layout), layout, gpu_memory_gib)
+    validated(tomllib.loads(text))
+    return text
 
 
-def fit_trainer(tree: dict[str, Any], devices: Devices, gpu_memory_gib: float) -> tuple[int, bool]:
-    """(sequences of a micro-batch, gradient checkpointing) of a trainer that fits its share of a device."""
-    from raydistill.preflight.plan import make_plan
+def _text(tree: dict[str, Any], layout: Layout, gpu_memory_gib: float) -> str:
+    from raydistill.preflight.layouts import UTILIZATION
 
-    room = _memory_of(devices, gpu_memory_gib) * HEADROOM
-    needed = 0.0
-    for checkpointing in (False, True):
-        for micro in MICRO_BATCHES:
-            trainer = tree["trainer"] | {"sequences_per_micro_batch": micro, "gradient_checkpointing": checkpointing}
-            plan = make_plan(_validated(tree | {"trainer": trainer}))
-            place = "GPU" if devices.trainer else "host"
-            needed = sum(p["bytes"] for p in plan["memory"] if p["role"] == "trainer" and p["place"] == place)
-            if needed <= room:
-                return micro, checkpointing
-    raise ConfigError(
-        f"one sequence of data.max_length={tree['data']['max_length']} needs about {needed / 2**30:.0f} GiB on a trainer, "
-        f"there are {room / 2**30:.0f}: use more GPUs with trainer.zero_stage=3 (its weights alone must fit one), "
-        "shorter rows, or a smaller model"
-    )
-
-
-def _memory_of(devices: Devices, gpu_memory_gib: float) -> float:
-    if devices.trainer:
-        return min(devices.trainer, 1.0) * gpu_memory_gib * 2**30
-    import psutil
-
-    return psutil.virtual_memory().total / 2  # the other actors live there too
-
-
-def _validated(tree: dict[str, Any]) -> Config:
-    return Config.model_validate(tree)
-
-
-def _text(
-    tree: dict[str, Any], devices: Devices, lengths: Lengths, micro: int, checkpointing: bool, gpu_memory_gib: float
-) -> str:
-    trainer, rollout, teacher = tree["trainer"], tree["rollout"], tree["teacher"]
-    where = f"{gpu_memory_gib:g} GiB GPUs" if devices.trainer else "CPU"
-    ranks = rollout.get("tensor_parallel_size", 1)
+    trainer, rollout, teacher, evaluation = (tree[name] for name in ("trainer", "rollout", "teacher", "evaluation"))
+    where = f"GPUs of {gpu_memory_gib:.3g} GiB" if trainer["num_gpus"] else "CPU"
+    ranks = rollout["tensor_parallel_size"]
     parallel = f"\ntensor_parallel_size = {ranks}  # one GPU is too small for the student" if ranks > 1 else ""
     spread = "  # one is too small: its layers are spread over them" if teacher["num_gpus"] > 1 else ""
-    share = f"\ngpu_memory_utilization = {devices.rollout * 0.9:.2f}" if 0 < devices.rollout < 1 else ""
+    share = ""
+    if rollout["num_gpus"] and layout.utilization < UTILIZATION:
+        share = f"\ngpu_memory_utilization = {layout.utilization:.2f}  # what the actors beside it leave"
+    shares = (
+        "  # it holds a student too, and shares a GPU where there is room" if 0 < evaluation["num_gpus"] < 1 else ""
+    )
     named = f"model = {_quoted(teacher['model'])}" if teacher["model"] else "# model: unset, the student's own model"
     fraction = tree["objective"]["on_policy_fraction"]
     why = (
@@ -282,8 +199,8 @@ num_gpus = {teacher["num_gpus"]:g}{spread}
 
 [data]
 path = {_quoted(tree["data"]["path"])}
-max_length = {lengths.max_length}  # keeps 99 % of the first {ROWS_READ} rows
-min_completion = {lengths.min_completion}  # rows with fewer completion tokens are left out
+max_length = {tree["data"]["max_length"]}  # keeps 99 % of the first {ROWS_READ} rows
+min_completion = {tree["data"]["min_completion"]}  # rows with fewer completion tokens are left out
 
 [objective]
 on_policy_fraction = {fraction:g}  # lambda: {why}
@@ -301,19 +218,19 @@ alpha = 64
 [rollout]
 num_actors = {rollout["num_actors"]}
 num_gpus = {rollout["num_gpus"]:g}{share}{parallel}
-max_new_tokens = {lengths.max_new_tokens}
+max_new_tokens = {rollout["max_new_tokens"]}
 
 [trainer]
 num_workers = {trainer["num_workers"]}
 num_gpus = {trainer["num_gpus"]:g}
 num_steps = 1000
 sequences_per_step = {trainer["sequences_per_step"]}
-sequences_per_micro_batch = {micro}  # the largest that the memory estimate allows
-gradient_checkpointing = {str(checkpointing).lower()}
+sequences_per_micro_batch = {layout.micro_batch}  # the largest that the memory estimate allows
+gradient_checkpointing = {str(layout.checkpointing).lower()}
 learning_rate = 1e-4  # sweep it: it matters more than anything else here
 
 [evaluation]
-num_gpus = {devices.evaluation:g}
+num_gpus = {evaluation["num_gpus"]:g}{shares}
 eval_every = 100
 """
 

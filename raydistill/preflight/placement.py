@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +17,7 @@ NODE_RESOURCES = {"trainer": "trainer", "rollout": "rollout", "teacher": "teache
 """Which nodes a role's actors go to with cluster.by_role; held-out rows are scored where the teachers are."""
 KINDS: tuple[tuple[Literal["GPU", "CPU"], str], ...] = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
 SLACK = 1e-6  # of sums of fractions
+START_ORDER = ("rollout", "teacher", "evaluation", "trainer")  # `make_pools`, then the trainer group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,39 @@ def placement_plan(config: Config) -> list[Demand]:
     e = config.evaluation
     plan.append(Demand(role="evaluation", count=e.num_actors, num_cpus=e.num_cpus, num_gpus=e.num_gpus))
     return plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuActors:
+    """GPUs that hold the same actors."""
+
+    count: int
+    roles: tuple[str, ...]  # of the actors on each, one entry for each actor
+    share: float  # of each that is booked
+
+
+def gpu_plan(config: Config) -> list[GpuActors]:
+    """Who shares a GPU with whom, as Ray hands them out on nodes that are large enough: actors in the order in which they
+    start, a fraction on the fullest GPU that has room for it. With cluster.by_role only roles of the same nodes share."""
+    gpus: dict[str, list[list[Demand]]] = {}
+    for demand in sorted(placement_plan(config), key=lambda demand: START_ORDER.index(demand.role)):
+        mine = gpus.setdefault(NODE_RESOURCES[demand.role] if config.cluster.by_role else "", [])
+        for _ in range(demand.count):
+            if demand.num_gpus >= 1:
+                mine += [[demand] for _ in range(int(demand.num_gpus))]
+            elif demand.num_gpus > 0:
+                room = [gpu for gpu in mine if _booked(gpu) + demand.num_gpus <= 1 + SLACK]
+                if not room:
+                    mine.append([])
+                max(room or mine[-1:], key=_booked).append(demand)
+    kinds = Counter(
+        (tuple(d.role for d in gpu), round(min(_booked(gpu), 1.0), 6)) for there in gpus.values() for gpu in there
+    )
+    return [GpuActors(count=count, roles=roles, share=share) for (roles, share), count in kinds.items()]
+
+
+def _booked(gpu: Sequence[Demand]) -> float:
+    return sum(min(demand.num_gpus, 1.0) for demand in gpu)
 
 
 def check_placement(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:

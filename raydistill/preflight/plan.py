@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from raydistill.preflight.estimates import (
     step_seconds,
     wire_bytes,
 )
-from raydistill.preflight.placement import NODE_RESOURCES, Demand, placement_plan
+from raydistill.preflight.placement import NODE_RESOURCES, Demand, gpu_plan, placement_plan
 from raydistill.preflight.planned import planned_models, with_world_model
 from raydistill.preflight.sizes import longest, memory, model_size, student_size
 from raydistill.preflight.speeds import Speeds, recorded_speeds
@@ -108,14 +108,11 @@ def make_plan(
 ) -> dict[str, Any]:
     """Everything that `plan` prints, as plain values; without `speeds` no duration. gpu: an entry of `devices.GPUS` (or "",
     where none is booked) that makes up for speeds that are not known; without it those stages are left out."""
-    models = planned_models(config)
-    student = student_size(config, models.student)
-    teacher = model_size(models.teacher) if models.teacher is not None else None
+    sizes = planned_sizes(config)
+    student, teacher, answer = sizes.student, sizes.teacher, sizes.answer
     rough: dict[Stage, str] = {}
     speeds = speeds or Speeds(rates={})
     o = config.objective
-    candidates = o.top_k if o.target == "top_k" else None
-    answer = Answer(vocab_size=models.vocab_size, candidates=candidates) if config.needs_teacher else None
     bound = longest(config)
     completion = min(completion_tokens or speeds.completion or bound.completion, config.data.max_length)
     prompt = min(prompt_tokens or bound.prompt, max(config.data.max_length - completion, 1))
@@ -125,16 +122,12 @@ def make_plan(
     )
     if gpu is not None:
         speeds, rough = _made_up_for(speeds, config, student, teacher, step, gpu)
-    parts = memory(config, student, teacher, answer)
-    demands = placement_plan(config)
     flops = step_flops(student, teacher, step, config.trainer.gradient_checkpointing)
     wire = wire_bytes(student, step, answer, num_rollouts=config.rollout.num_actors)
     return {
         "is_estimate": True,
-        "placement": [_placement_row(config, demand) for demand in demands],
-        "memory": [
-            {"role": d.role, "count": d.count, **asdict(part)} for d in demands for part in parts[d.role] if part.bytes
-        ],
+        "placement": [_placement_row(config, demand) for demand in placement_plan(config)],
+        **actors_memory(config, sizes),
         "wire_bytes_per_step": wire,
         "flops_per_step": flops,
         "duration": duration(config, step, speeds, flops, rough),
@@ -144,9 +137,48 @@ def make_plan(
         "notes": [
             *_notes(config, prompt_tokens, completion_tokens or speeds.completion),
             *speeds.notes,
-            *([models.note] if models.note else []),
+            *([sizes.note] if sizes.note else []),
         ],
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the memory, bytes and FLOPs of a config follow from, besides its numbers."""
+
+    student: StudentSize
+    teacher: ModelSize | None
+    answer: Answer | None
+    note: str | None
+
+
+def planned_sizes(config: Config) -> Sizes:
+    """Read off the config's models; raises what `planned_models` raises."""
+    models, o = planned_models(config), config.objective
+    candidates = o.top_k if o.target == "top_k" else None
+    return Sizes(
+        student=student_size(config, models.student),
+        teacher=model_size(models.teacher) if models.teacher is not None else None,
+        answer=Answer(vocab_size=models.vocab_size, candidates=candidates) if config.needs_teacher else None,
+        note=models.note,
+    )
+
+
+def actors_memory(config: Config, sizes: Sizes) -> dict[str, list[dict[str, Any]]]:
+    """`memory`: the parts of one actor of each role; `gpus`: the actors that share a GPU, and the sum of their parts."""
+    parts = memory(config, sizes.student, sizes.teacher, sizes.answer)
+    rows = [
+        {"role": demand.role, "count": demand.count, **asdict(part)}
+        for demand in placement_plan(config)
+        for part in parts[demand.role]
+        if part.bytes
+    ]
+    on_gpu = {role: sum(part.bytes for part in of_role if part.place == "GPU") for role, of_role in parts.items()}
+    gpus = [
+        {"roles": list(gpu.roles), "count": gpu.count, "share": gpu.share, "bytes": sum(on_gpu[r] for r in gpu.roles)}
+        for gpu in gpu_plan(config)
+    ]
+    return {"memory": rows, "gpus": gpus}
 
 
 def _made_up_for(
@@ -195,9 +227,6 @@ def _notes(config: Config, prompt_tokens: float | None, completion_tokens: float
     ]
     if several:
         notes.append(f"{' and '.join(several)}: the GPU parts above are those of each of an actor's GPUs")
-    shared = sorted(d.role for d in placement_plan(config) if 0 < d.num_gpus < 1)
-    if shared:
-        notes.append(f"{', '.join(shared)} may share a GPU with others: add their GPU parts up")
     return notes
 
 
@@ -242,6 +271,12 @@ def show(report: Mapping[str, Any]) -> None:
     print_table(
         _memory_rows(report["memory"]), ["role", "place", "part", "size"], title="memory of one actor (estimate)"
     )
+    if shared := [gpu for gpu in report["gpus"] if len(gpu["roles"]) > 1]:
+        rows = [
+            {"actors on one GPU": " + ".join(gpu["roles"]), "GPUs": gpu["count"], "memory": format_bytes(gpu["bytes"])}
+            for gpu in shared
+        ]
+        print_table(rows, list(rows[0]), title="shared GPUs (estimate)")
     wire = [{"what": name, "size": format_bytes(size)} for name, size in report["wire_bytes_per_step"].items() if size]
     wire.append({"what": "sum", "size": format_bytes(sum(report["wire_bytes_per_step"].values()))})
     print_table(wire, ["what", "size"], title="bytes on the wire of one optimizer step (estimate)")

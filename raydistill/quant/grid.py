@@ -49,8 +49,10 @@ class QuantizedWeight:
         )
 
 
-def check_group_size(in_features: int, fmt: WeightFormat, name: str) -> int:
-    """The number of inputs that share a scale in this layer; a QuantError when the group size does not divide it."""
+def check_group_size(in_features: int, fmt: WeightFormat, name: str, field: str = "group_size") -> int:
+    """The number of inputs that share a scale in this layer; a QuantError when the group size does not divide it.
+
+    field: what the user knows the group size by."""
     if fmt.group_size is None:
         return in_features
     if in_features % fmt.group_size == 0:
@@ -59,7 +61,7 @@ def check_group_size(in_features: int, fmt: WeightFormat, name: str) -> int:
     below = [str(size) for size in fitting if size < fmt.group_size][-1:]
     above = [str(size) for size in fitting if size > fmt.group_size][:1]
     raise QuantError(
-        f"group_size={fmt.group_size} does not divide the {in_features} inputs of layer {name}; "
+        f"{field}={fmt.group_size} does not divide the {in_features} inputs of layer {name}; "
         f"use {' or '.join(below + above)}, or 'channel' for one scale per output channel."
     )
 

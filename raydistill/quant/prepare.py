@@ -155,8 +155,8 @@ def _check_and_resolve(
         return ()
     if mode == "merged" and lora.dropout > 0:
         raise QuantError(
-            f"dropout={lora.dropout} cannot be applied to a merged adapter, whose input is not separate from W's; "
-            "use dropout 0 or mode 'served'."
+            f"adapter.dropout={lora.dropout} cannot be applied to a merged adapter, whose input is not separate from W's; "
+            "use adapter.dropout=0 or adapter.mode='served'."
         )
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in linear if any(_matches(name, ending) for ending in lora.targets)]
@@ -165,13 +165,13 @@ def _check_and_resolve(
         if not any(_matches(name, ending) for name in targets):
             near = difflib.get_close_matches(ending.rpartition(".")[2], kinds, n=1, cutoff=0.0)
             raise QuantError(
-                f"adapter target {ending!r} is no linear layer of {type(model).__name__}; did you mean {near[0]!r}? "
+                f"adapter.targets: {ending!r} is no linear layer of {type(model).__name__}; did you mean {near[0]!r}? "
                 f"Its linear layers are {', '.join(kinds)}."
             )
     outside = [name for name in targets if name not in layers]
     if mode == "merged" and outside:
         raise QuantError(
-            f"adapter target {outside[0]} is not quantized (output head, or in skip), so nothing can be merged into "
-            "its codes; take it out of the targets or out of skip, or use mode 'served'."
+            f"adapter.targets: {outside[0]} is not quantized (output head, or in quant.skip), so nothing can be merged into "
+            "its codes; take it out of adapter.targets or out of quant.skip, or use adapter.mode='served'."
         )
     return tuple(targets)

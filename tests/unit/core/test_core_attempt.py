@@ -175,7 +175,9 @@ def test_a_run_is_not_trained_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("raydistill.preflight.placement.node_resources", lambda *_: [])
     monkeypatch.setattr("ray.nodes", list)
     monkeypatch.setattr("raydistill.launch.start_cluster", lambda _: None)
-    monkeypatch.setattr(Launch, "_examine", lambda *_: [])
+    monkeypatch.setattr("raydistill.preflight.plan.make_plan", lambda *_: {})
+    monkeypatch.setattr("raydistill.preflight.findings.findings_of", lambda *_: [])
+    monkeypatch.setattr("raydistill.preflight.findings.gpu_findings", lambda *_: [])
     with pytest.raises(UserError, match=r"^trainer\.num_steps=4, but .*runs/a has trained 7 steps already"):
         run(config, console=Console(quiet=True))
     assert not (tmp_path / "runs" / "a" / "record.jsonl").exists()

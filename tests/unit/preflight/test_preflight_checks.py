@@ -1,5 +1,6 @@
 """What is wrong with models and settings is said before anything starts, with the field and a way out."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, T5Config
 
 from raydistill.config import Config
+from raydistill.config.fields import config_fields
 from raydistill.errors import ConfigError, ModelError, QuantError, UserError
 from raydistill.preflight.checks import check_models
+from raydistill.preflight.doctor import examine
+from raydistill.preflight.findings import Finding, template_warnings
+from raydistill.preflight.memory import GpuMemory, gpu_remarks, host_remark
+from raydistill.preflight.placement import check_placement
+from raydistill.preflight.storage import check_room, check_writable
 
 WORDS = ["<pad>", "<end>", "<stop>", "a", "b", "c", "d"]
 MakeFolder = Callable[..., Path]
@@ -93,7 +100,7 @@ def test_candidates_that_leave_only_padding_in_the_tail_give_no_reverse_kl(make_
 
 def test_vocabularies_that_differ_are_refused_with_the_first_id(make_folder: MakeFolder) -> None:
     other = ["<pad>", "<end>", "<stop>", "a", "x", "c", "y"]
-    with pytest.raises(ModelError, match="disagree on 2 of 7 token ids, first at id 4: 'x' vs 'b'"):
+    with pytest.raises(ModelError, match=r"student.model=.* disagree on 2 of 7 token ids, first at id 4: 'x' vs 'b'"):
         check_models(config(make_folder(), make_folder("teacher", words=other)))
 
 
@@ -156,7 +163,9 @@ def test_a_length_above_the_models_positions_is_refused(make_folder: MakeFolder)
 
 
 def test_a_group_size_that_does_not_divide_names_the_layer(make_folder: MakeFolder) -> None:
-    with pytest.raises(QuantError, match=r"group_size=32 does not divide the 48 inputs of layer .*mlp.down_proj"):
+    with pytest.raises(
+        QuantError, match=r"quant\.group_size=32 does not divide the 48 inputs of layer .*mlp.down_proj"
+    ):
         check_models(config(make_folder(), quant={"group_size": 32}))
     check_models(config(make_folder(), quant={"group_size": 32, "skip": ("lm_head", "down_proj")}, adapter=ATTENTION))
     check_models(config(make_folder(), quant={"group_size": "channel"}))
@@ -166,8 +175,89 @@ ATTENTION = {"targets": ("q_proj", "v_proj")}
 
 
 def test_an_adapter_target_that_no_layer_has_is_told_the_nearest(make_folder: MakeFolder) -> None:
-    with pytest.raises(QuantError, match=r"adapter target 'q_porj' is no linear layer .* did you mean 'q_proj'\?"):
+    with pytest.raises(QuantError, match=r"adapter\.targets: 'q_porj' is no linear layer .* did you mean 'q_proj'\?"):
         check_models(config(make_folder(), adapter={"targets": ("q_porj",)}))
+
+
+Case = tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, Any]]
+COMPLAINTS: dict[str, Case] = {  # the student's folder, the teacher's, settings
+    "no student": (None, None, {}),
+    "no weights": ({"weights": "pytorch_model.bin"}, None, {}),
+    "vocabulary": ({}, {"words": [*WORDS[:4], "x", "c", "y"]}, {}),
+    "ends": ({}, {"end": "<stop>"}, {}),
+    "no end": ({"end": None}, None, {}),
+    "length": ({"positions": 48}, None, {}),
+    "tail": ({}, None, {"objective": {"target": "top_k", "top_k": 64, "beta": 1.0}}),
+    "group size": ({}, None, {"quant": {"group_size": 32}}),
+    "target": ({}, None, {"adapter": {"targets": ("q_porj",)}}),
+    "target that is not quantized": ({}, None, {"adapter": {"targets": ("lm_head",)}}),
+    "heads": ({}, None, {"rollout": {"tensor_parallel_size": 3, "max_new_tokens": 16}}),
+}
+
+
+@pytest.mark.parametrize("case", COMPLAINTS)
+def test_every_complaint_about_models_names_a_field(make_folder: MakeFolder, case: str) -> None:
+    student, teacher, settings = COMPLAINTS[case]
+    folders = [
+        None if given is None else make_folder(name, **given)
+        for name, given in (("student", student), ("teacher", teacher))
+    ]
+    with pytest.raises(UserError) as error:
+        check_models(config(*folders, **settings))
+    assert names_a_field(str(error.value)), error.value
+
+
+FIELDS = tuple(config_fields())
+
+
+def names_a_field(text: str) -> bool:
+    return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text) for name in FIELDS)
+
+
+def test_every_complaint_about_room_names_a_field(tmp_path: Path) -> None:
+    large = Config.model_validate(
+        {
+            "run": {"output": tmp_path}, "cluster": {"by_role": True},
+            "trainer": {"num_gpus": 1}, "teacher": {"num_gpus": 3}, "evaluation": {"num_gpus": 1},
+        }
+    )  # fmt: skip
+    by_role = [{"CPU": 9.0, "GPU": 5.0, "trainer": 1.0}, {"GPU": 3.0, "CPU": 9.0, "rollout": 1.0, "teacher": 1.0}]
+    together = large.model_copy(update={"cluster": Config().cluster})
+    (tmp_path / "file").touch()
+    nowhere = Config.model_validate({"run": {"output": tmp_path / "file" / "x"}})
+    for complain in (
+        lambda: check_room(large, 10**15),
+        lambda: check_writable(nowhere),
+        lambda: check_placement(together, [{"CPU": 1.0}]),
+        lambda: check_placement(together, [{"CPU": 9.0, "GPU": 2.0}, {"GPU": 2.0}, {"GPU": 2.0}]),
+        lambda: check_placement(large, [{"CPU": 9.0, "GPU": 9.0}]),
+        lambda: check_placement(large, by_role),
+    ):
+        with pytest.raises(UserError) as error:
+            complain()
+        assert names_a_field(str(error.value)), error.value
+    roles = ("trainer", "rollout", "teacher", "evaluation")
+    parts = [
+        {"role": role, "count": 1, "name": "weights", "place": place, "bytes": 2 ** (60 + number)}
+        for number, role in enumerate(roles)
+        for place in ("GPU", "host")
+    ]
+    gpus = [
+        {"roles": list(some), "share": 1.0} for some in (*((role,) for role in roles), roles, ("trainer", "evaluation"))
+    ]
+    gpu = GpuMemory(name="one", bytes=2**30)
+    said = [host_remark({"memory": parts}), *gpu_remarks(large, {"memory": parts, "gpus": gpus}, gpu)]
+    warned = [*said, *template_warnings("strftime_now", {"effort": 1}), *parity_of_nothing()]
+    assert {remark.status for remark in warned} == {"warning"}
+    assert [remark.text for remark in warned if not names_a_field(remark.text)] == []
+
+
+def parity_of_nothing() -> list[Finding]:
+    (found,) = [found for found in examine(Config.model_validate(OFF_POLICY), parity=True) if found.check == "parity"]
+    return [found]
+
+
+OFF_POLICY = {"objective": {"on_policy_fraction": 0}}
 
 
 def test_a_model_of_another_kind_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from transformers import AutoTokenizer
 
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
-from raydistill.errors import ResourceError, UserError
+from raydistill.errors import ResourceError, RunError, UserError
 from raydistill.preflight.doctor import doctor_command
-from raydistill.preflight.findings import check_ports, rendered_example, template_warnings
-from raydistill.preflight.memory import GpuMemory, gpu_memory_of, memory_remarks
+from raydistill.preflight.findings import check_ports, gpu_findings, rendered_example, template_warnings
+from raydistill.preflight.memory import GpuMemory, gpu_memory_of, gpu_remarks, host_memory, host_remark
 from raydistill.preflight.storage import check_room, check_storage, check_writable
 
 
@@ -132,33 +133,65 @@ def test_a_tokenizer_without_a_template_renders_plain_text(tiny_model: Path) -> 
     assert rendered_example(tokenizer, {}) == "Hello\nHi.<|im_end|>"
 
 
-def gpu_plan(role: str, *parts: tuple[str, int], gpus: float = 1) -> dict[str, Any]:
-    rows = [{"role": role, "count": 2, "name": name, "place": "GPU", "bytes": size} for name, size in parts]
-    rows.append({"role": role, "count": 2, "name": "A and B", "place": "host", "bytes": 10})
-    return {"memory": rows, "placement": [{"role": role, "gpus_each": gpus}]}
+GB = 10**9
+
+
+def plan_of(*gpus: tuple[list[str], float], **parts: dict[str, int]) -> dict[str, Any]:
+    """A plan with GPUs (roles, share) and the GPU parts of each role, in GB."""
+    rows = [
+        {"role": role, "count": 2, "name": name, "place": "GPU", "bytes": size * GB}
+        for role, of_role in parts.items()
+        for name, size in of_role.items()
+    ]
+    rows.append({"role": "trainer", "count": 2, "name": "A and B", "place": "host", "bytes": 10})
+    return {"memory": rows, "gpus": [{"roles": roles, "count": 1, "share": share} for roles, share in gpus]}
+
+
+def remark(plan: dict[str, Any], gb: int | None, **changes: Any) -> tuple[str, str]:
+    gpu = GpuMemory(name="L4", bytes=gb * GB) if gb else None
+    (said,) = gpu_remarks(Config.model_validate(changes), plan, gpu)
+    return said.status, said.text
 
 
 def test_an_actor_that_does_not_fit_its_gpu_is_a_warning_with_a_way_out() -> None:
-    here = GpuMemory(name="L4", bytes=22 * 10**9)
-    large = gpu_plan("trainer", ("frozen weights", 8 * 10**9), ("activations (rough)", 20 * 10**9))
-    host, gpu = memory_remarks(Config(), large, here)
-    assert (host.status, gpu.status) == ("ok", "warning")
-    assert gpu.text.startswith(
+    large = plan_of((["trainer"], 1), trainer={"frozen weights": 8, "activations (rough)": 20})
+    assert host_remark(large).status == "ok"
+    status, text = remark(large, 22)
+    assert status == "warning"
+    assert text.startswith(
         "one trainer actor takes about 28 GB of a GPU (L4 with 22 GB); lower trainer.sequences_per_mic"
     )
-    assert memory_remarks(Config(), large, GpuMemory(name="A100", bytes=79 * 10**9))[1].status == "ok"
-    assert memory_remarks(Config(), large, None)[1].text.endswith("which GPUs the nodes have is not known here")
-    share = gpu_plan("teacher", ("weights", 8 * 10**9), gpus=0.3)
-    assert "of which 30% are its share (teacher.num_gpus=0.3)); lower" in memory_remarks(Config(), share, here)[1].text
+    assert remark(large, 79)[0] == "ok"
+    assert remark(large, None)[1].endswith("which GPUs the nodes have is not known here")
+    share = plan_of((["teacher"], 0.3), teacher={"weights": 8})
+    assert "of which 30% are booked (teacher.num_gpus)); lower" in remark(share, 22)[1]
 
 
 def test_vllms_cache_takes_what_is_left_and_is_not_counted() -> None:
-    here = GpuMemory(name="L4", bytes=22 * 10**9)
-    fits = gpu_plan("rollout", ("weights, dense", 8 * 10**9), ("KV cache", 40 * 10**9))
-    assert memory_remarks(Config(), fits, here)[1].status == "ok"
-    tight = memory_remarks(Config(), gpu_plan("rollout", ("weights, dense", 20 * 10**9)), here)[1]
-    assert tight.status == "warning"
-    assert "vLLM takes 85% (rollout.gpu_memory_utilization)); lower rollout.kv_cache_gib" in tight.text
+    fits = plan_of((["rollout"], 1), rollout={"weights, dense": 8, "KV cache": 40})
+    assert remark(fits, 22)[0] == "ok"
+    status, text = remark(plan_of((["rollout"], 1), rollout={"weights, dense": 20}), 22)
+    assert status == "warning"
+    assert "vLLM takes 85% (rollout.gpu_memory_utilization)); lower rollout.kv_cache_gib" in text
+
+
+def test_actors_that_share_a_gpu_are_added_up() -> None:
+    teaching = plan_of((["teacher", "evaluation"], 1), teacher={"weights": 40}, evaluation={"weights": 41})
+    status, text = remark(teaching, 80)
+    assert status == "warning"
+    assert text.startswith(
+        "2 actors share a GPU and take about 81 GB of it (teacher 40 GB, evaluation 41 GB) (L4 with 80 GB); "
+    )
+    assert "set evaluation.num_gpus=0 (on the CPU), book a GPU for each (<role>.num_gpus=1)" in text
+    assert remark(teaching, 82)[0] == "ok"
+    sampling = plan_of((["rollout", "trainer"], 1), rollout={"weights, dense": 10}, trainer={"frozen weights": 30})
+    status, text = remark(sampling, 80)
+    assert status == "warning"
+    assert "rollout 10 GB beside its KV cache, trainer 30 GB" in text
+    assert text.endswith("; lower rollout.gpu_memory_utilization, or use larger GPUs")
+    assert remark(sampling, 80, rollout={"gpu_memory_utilization": 0.6})[0] == "ok"
+    assert "raise rollout.gpu_memory_utilization" in remark(sampling, 80, rollout={"gpu_memory_utilization": 0.1})[1]
+    assert remark(sampling, 80, rollout={"engine": "hf"})[0] == "ok"
 
 
 def test_host_memory_that_does_not_suffice_names_the_largest_roles_fields() -> None:
@@ -166,9 +199,21 @@ def test_host_memory_that_does_not_suffice_names_the_largest_roles_fields() -> N
         {"role": role, "count": 1, "name": "weights", "place": "host", "bytes": size}
         for role, size in (("teacher", 10**15), ("trainer", 10**12))
     ]
-    (host,) = memory_remarks(Config(), {"memory": parts, "placement": []}, None)
+    host = host_remark({"memory": parts, "gpus": []})
     assert host.status == "warning"
     assert "; lower teacher.batch_tokens, set teacher.dtype='bfloat16'" in host.text
+
+
+def test_a_containers_limit_is_the_hosts_memory_for_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    v2, v1 = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
+    monkeypatch.setattr("raydistill.preflight.memory.CGROUP_LIMITS", (v2, v1))
+    whole = host_memory()
+    assert whole > 2**20
+    v1.write_text("9223372036854771712\n")  # none
+    v2.write_text("max\n")
+    assert host_memory() == whole
+    v2.write_text(f"{2**20}\n")
+    assert host_memory() == 2**20
 
 
 def test_a_clusters_gpus_are_known_by_their_accelerator_types() -> None:
@@ -207,6 +252,67 @@ class InProcess:
         pass
 
 
+@pytest.mark.parametrize(
+    ("gpus", "status"), [({"accelerator_type:L4": 1.0, "GPU": 1.0}, "warning"), ({"GPU": 1.0}, "ok")]
+)
+def test_a_clusters_gpus_are_held_against_the_plan(
+    monkeypatch: pytest.MonkeyPatch, gpus: dict[str, float], status: str
+) -> None:
+    nodes = [{"Alive": True, "Resources": gpus}]
+    plan = plan_of((["trainer"], 1), trainer={"frozen weights": 30})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert gpu_findings(Config(), plan, nodes) == []  # this machine's own count
+    (found,) = gpu_findings(Config.model_validate({"cluster": {"address": "head:6379"}}), plan, nodes)
+    assert (found.check, found.status) == ("memory", status)
+
+
+def test_a_job_holds_its_memory_against_the_gpus_of_the_cluster_it_joined(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from raydistill.config.load import load_config
+    from raydistill.launch import run
+
+    joined: list[str] = []
+    nodes = [{"Alive": True, "Resources": {"CPU": 9.0, "GPU": 4.0, "accelerator_type:T4": 1.0}}]
+    monkeypatch.setattr("raydistill.launch.start_cluster", lambda config: joined.append(config.cluster.address))
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("raydistill.preflight.memory.GIB", 1000)  # of the T4 there
+    monkeypatch.setattr("raydistill.preflight.storage.check_nodes_reach_storage", stop_here)
+    console = Console(record=True, width=1000, file=StringIO())
+    settings = ("--cluster.address", "head:6379", "--trainer.num_gpus", "1")
+    with pytest.raises(RunError, match="far enough"):
+        run(load_config(arguments(tiny_world, tmp_path, *settings)).config, console=console)
+    assert joined == ["head:6379"]
+    assert "warning: one trainer actor takes about" in console.export_text()
+    assert "not known here" not in console.export_text()
+
+
+def stop_here(*_: Any) -> None:
+    raise RunError("far enough")
+
+
+def test_roles_without_a_cluster_are_a_warning_that_names_the_field(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = report(capsys, arguments(tiny_world, tmp_path, "--cluster.by_role", "true"))
+    fits, refused = found["placement"]
+    assert (code, fits["status"], refused["status"]) == (0, "ok", "warning")
+    assert "cluster.by_role=true" in refused["text"]
+    assert "set cluster.address" in refused["text"]
+
+
+def test_parity_of_a_run_that_samples_nothing_says_what_to_set(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = report(capsys, arguments(tiny_world, tmp_path, "--objective.on_policy_fraction", "0", "--parity"))
+    (parity,) = found["parity"]
+    assert (code, parity["status"]) == (0, "warning")
+    assert "nothing samples here (objective.on_policy_fraction=0)" in parity["text"]
+    assert "set objective.on_policy_fraction above 0" in parity["text"]
+
+
 @pytest.mark.parametrize(("added", "status"), [(0.0, "ok"), (0.1, "problem")])
 def test_parity_measures_the_engine_against_the_trainers_student(
     tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -224,6 +330,7 @@ def test_parity_measures_the_engine_against_the_trainers_student(
         r"noise floor of the policy gap: mean \S+, p99 \S+ nats \(bound .*\); codes [0-9a-f]+", parity["text"]
     )
     assert ("both sides must quantize the same way" in parity["text"]) == (status == "problem")
+    assert ("rollout.engine='hf'" in parity["text"]) == (status == "problem")
 
 
 def test_an_output_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from raydistill.config import Config
 from raydistill.errors import ResourceError
-from raydistill.preflight.placement import check_placement, node_resources, placement_plan
+from raydistill.preflight.placement import GpuActors, check_placement, gpu_plan, node_resources, placement_plan
 
 
 def config(**changes: Any) -> Config:
@@ -34,6 +34,31 @@ def test_only_roles_with_work_are_booked() -> None:
 
 def test_a_plan_that_fits_passes() -> None:
     check_placement(config(), [{"GPU": 6.0, "CPU": 9.0}])
+
+
+def test_a_share_goes_to_the_fullest_gpu_that_has_room_for_it() -> None:
+    def gpus(**changes: Any) -> dict[tuple[str, ...], tuple[int, float]]:
+        return {gpu.roles: (gpu.count, gpu.share) for gpu in gpu_plan(config(**changes))}
+
+    assert gpus() == {("rollout",): (3, 1), ("teacher", "evaluation"): (1, 1), ("trainer",): (2, 1)}
+    small = {"teacher": {"num_gpus": 0.2}, "trainer": {"num_gpus": 0.4}, "evaluation": {"num_gpus": 0.1}}
+    one = gpus(**small, rollout={"num_gpus": 0.3})
+    assert one == {("rollout", "teacher", "evaluation", "trainer"): (1, 1)}
+    two = gpus(**small, rollout={"num_gpus": 0.45, "num_actors": 2})
+    assert two == {("rollout", "rollout", "evaluation"): (1, 1), ("teacher", "trainer"): (1, 0.6)}
+    by_role = gpus(**small, rollout={"num_gpus": 0.3}, cluster={"by_role": True})
+    assert by_role == {("rollout",): (1, 0.3), ("teacher", "evaluation"): (1, 0.3), ("trainer",): (1, 0.4)}
+    large = {"teacher": {"num_gpus": 2}, "rollout": {"num_gpus": 2, "tensor_parallel_size": 2}}
+    workers = {"num_gpus": 0.9, "num_workers": 2, "sequences_per_step": 32}
+    spread = gpus(**large, trainer=workers, evaluation={"num_gpus": 0.1})
+    assert spread == {
+        ("rollout",): (2, 1),
+        ("teacher",): (2, 1),
+        ("evaluation", "trainer"): (1, 1),
+        ("trainer",): (1, 0.9),
+    }
+    assert gpus(rollout={}, teacher={}, trainer={}, evaluation={}) == {}
+    assert gpu_plan(config())[0] == GpuActors(count=3, roles=("rollout",), share=1)
 
 
 def test_a_cluster_that_is_too_small_is_told_what_the_run_needs_and_what_it_has() -> None:

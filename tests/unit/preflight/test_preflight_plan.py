@@ -401,7 +401,7 @@ def test_a_step_takes_the_sum_when_serial_and_the_slowest_stage_when_overlapped(
 def test_the_json_has_every_part_of_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = plan(folder, capsys, "--cluster.by_role", "--rollout.tensor_parallel_size", "2", "--rollout.num_gpus", "2")
     assert set(report) == {
-        "is_estimate", "placement", "memory", "wire_bytes_per_step", "flops_per_step", "duration", "step", "student",
+        "is_estimate", "placement", "memory", "gpus", "wire_bytes_per_step", "flops_per_step", "duration", "step", "student",
         "teacher", "notes",
     }  # fmt: skip
     assert report["placement"][1] == {
@@ -417,6 +417,25 @@ def test_the_json_has_every_part_of_the_plan(folder: Path, capsys: pytest.Captur
     assert set(report["duration"]["rough"]) == {"rollout", "teacher", "trainer"}
     assert any("takes 85% of its GPUs" in note for note in report["notes"])
     assert any(note.startswith("rollout: the GPU parts above are those of each") for note in report["notes"])
+
+
+def test_actors_that_share_a_gpu_are_added_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shares = ("--rollout.num_gpus", "0.5", "--teacher.num_gpus", "0.4", "--evaluation.num_gpus", "0.1")
+    settings = (*shares, "--trainer.num_gpus", "1")
+    report = plan(folder, capsys, *settings)
+    together, alone = report["gpus"]
+    assert (together["roles"], together["count"], together["share"]) == (["rollout", "teacher", "evaluation"], 1, 1)
+    assert alone["roles"] == ["trainer"]
+    of = {row["role"]: 0 for row in report["memory"]}
+    for row in report["memory"]:
+        of[row["role"]] += row["bytes"] if row["place"] == "GPU" else 0
+    assert together["bytes"] == of["rollout"] + of["teacher"] + of["evaluation"]
+    assert alone["bytes"] == of["trainer"]
+    assert main_with_errors(dispatch, arguments(folder, *settings)) == 0
+    shown = capsys.readouterr()
+    assert "shared GPUs (estimate)" in shown.out
+    assert "rollout + teacher + evaluation" in shown.out
+    assert "add their GPU parts up" not in shown.err
 
 
 def test_sequences_count_at_their_longest_or_as_long_as_the_user_says(
