@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,23 @@ def s3_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_port: int) -> Iterator[Any]:
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a user's command is called in: it holds the loss of docs/extending.md, and nothing of ours."""
+    folder = tmp_path_factory.mktemp("job")
+    blocks = (Path(__file__).parents[1] / "docs" / "extending.md").read_text().split("```python\n")
+    (loss,) = [block.partition("```")[0] for block in blocks if block.startswith("# my_losses.py")]
+    (folder / "my_losses.py").write_text(loss)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_port: int, job_folder: Path) -> Iterator[Any]:
     """One local Ray for all tests of the session; more CPUs than the machine has, because the actors hardly use theirs."""
     import ray
 
     from raydistill.launch import start_cluster
 
-    start_cluster(Config.model_validate({"cluster": {"num_cpus": 8}}))
+    with chdir(job_folder):  # Ray's processes find modules where the driver found them
+        start_cluster(Config.model_validate({"cluster": {"num_cpus": 8}}))
     yield ray
     ray.shutdown()
