@@ -163,11 +163,7 @@ def make_pools(config: Config) -> Pools:
 
 
 def run(config: Config, pools: Pools | None = None, console: Console | None = None) -> RunSummary:
-    """Distil one student; returns when it is exported. Raises UserError before anything starts, RunError afterwards.
-
-    In a notebook, whose event loop runs already, an interrupt ends the run without a checkpoint of its own: it goes on from
-    the last one that it wrote.
-    """
+    """Distil one student; returns when it is exported. Raises UserError before anything starts, RunError afterwards."""
     console = console or Console(stderr=True)
 
     async def whole() -> RunSummary:
