@@ -2,6 +2,7 @@
 
     inputs = await aside(load_inputs, config)       # a cancelled task leaves the call behind, and the process may end
     answer = begin(call).result(limit_s)            # so does whoever waits no longer
+    answer = run_to_end(main)                       # `asyncio.run`, also in a notebook
 
 `asyncio.to_thread` is for short calls: when its task is cancelled, `asyncio.run` waits for the thread, and so does the
 interpreter at its end.
@@ -13,8 +14,8 @@ import asyncio
 import atexit
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
 from functools import partial
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
@@ -49,6 +50,34 @@ async def aside(call: Callable[Given, Answer], *args: Given.args, **kwargs: Give
     except asyncio.CancelledError:
         _LEFT_BEHIND.add(answer)
         answer.add_done_callback(_LEFT_BEHIND.discard)
+        raise
+
+
+def run_to_end(main: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
+    """`asyncio.run(main())`; where this thread has a running event loop already, as in a notebook, in a thread of its own.
+
+    There signals are the notebook's: KeyboardInterrupt here cancels `main`, waits for its end and passes on.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    async def known() -> Answer:
+        task = asyncio.current_task()
+        assert task is not None
+        running.set_result((asyncio.get_running_loop(), task))
+        return await main()
+
+    answer = begin(lambda: asyncio.run(known()), "run")
+    try:
+        return answer.result()
+    except KeyboardInterrupt:
+        if not answer.done():
+            loop, task = running.result()
+            loop.call_soon_threadsafe(task.cancel)
+            wait([answer])
         raise
 
 

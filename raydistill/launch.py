@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from raydistill.background import aside
+from raydistill.background import aside, run_to_end
 from raydistill.config import Config
 from raydistill.errors import LostError, ResourceError, RunError, RunStopped, disk_errors
 from raydistill.progress import say
@@ -171,7 +171,7 @@ def run(config: Config, pools: Pools | None = None, console: Console | None = No
             return await Launch(config, pools, console).run()
 
     try:
-        return asyncio.run(whole())
+        return run_to_end(whole)
     except (asyncio.CancelledError, KeyboardInterrupt):  # cancelled by a signal, or because stopping took too long
         console.show_cursor()  # a bar that was left behind has hidden it
         raise KeyboardInterrupt from None

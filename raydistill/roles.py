@@ -6,11 +6,11 @@ that lie elsewhere: the loop passes handles on and never opens one.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from raydistill.background import run_to_end
 from raydistill.messages import (
     EvalReport,
     LoadReport,
@@ -137,8 +137,8 @@ class Pools:
                 await pool.end(run)
 
     def shutdown(self) -> None:
-        """`close`, for callers without an event loop."""
-        asyncio.run(self.close())
+        """`close`, for callers that do not await it."""
+        run_to_end(self.close)
 
     async def close(self, patience_s: float = PATIENCE_S) -> None:
         """End every actor. patience_s: how long trainer ranks may take to leave by themselves."""

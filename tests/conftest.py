@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,26 @@ def _place(item: pytest.Item) -> int:
     return LONG_ONES.index(name) if name in LONG_ONES else len(LONG_ONES)
 
 
-RECIPE: dict[str, Any] = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "num_steps": 60, "batch_size": 16}
-"""About 0.2 million parameters; head_dim stays 32, which vLLM needs on CPU. Half-trained: it has something to lose."""
+RECIPE: dict[str, Any] = {"num_layers": 2, "mlp_size": 192, "vocab_size": 448, "batch_size": 16}
+"""About 0.2 million parameters; head_dim stays 32, which vLLM needs on CPU."""
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def teacher_steps() -> int:
+    """How long the tiny world's teacher is trained. Half-trained: it has something to lose."""
+    return 60
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory, teacher_steps: int) -> Any:
     """A Qwen3 with tokenizer and chat template, 400 training rows and 24 rows each for validation and test."""
     from raydistill.demo.pretrain import TeacherRecipe
     from raydistill.demo.world import prepare_stories
 
     folder = tmp_path_factory.mktemp("world") / "stories"
-    return prepare_stories(folder, TeacherRecipe(**RECIPE), num_train=400, num_validation=24, num_test=24)
+    return prepare_stories(
+        folder, TeacherRecipe(**RECIPE, num_steps=teacher_steps), num_train=400, num_validation=24, num_test=24
+    )
 
 
 @pytest.fixture(scope="session")
@@ -122,12 +131,23 @@ def s3_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_port: int) -> Iterator[Any]:
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a user's command is called in: it holds the loss of docs/extending.md, and nothing of ours."""
+    folder = tmp_path_factory.mktemp("job")
+    blocks = (Path(__file__).parents[1] / "docs" / "extending.md").read_text().split("```python\n")
+    (loss,) = [block.partition("```")[0] for block in blocks if block.startswith("# my_losses.py")]
+    (folder / "my_losses.py").write_text(loss)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_port: int, job_folder: Path) -> Iterator[Any]:
     """One local Ray for all tests of the session; more CPUs than the machine has, because the actors hardly use theirs."""
     import ray
 
     from raydistill.launch import start_cluster
 
-    start_cluster(Config.model_validate({"cluster": {"num_cpus": 8}}))
+    with chdir(job_folder):  # Ray's processes find modules where the driver found them
+        start_cluster(Config.model_validate({"cluster": {"num_cpus": 8}}))
     yield ray
     ray.shutdown()

@@ -1,7 +1,8 @@
 """Which setting, metric, tag or fact a name means in `--where`, `--sort` and `--columns`.
 
 Whole names first (`trainer.learning_rate`, `evaluate/kl_nats`, `tags.owner`, `status`), then last parts: of held-out metrics,
-also without their unit (`exact_match`, `kl`), of settings (`learning_rate`), of other metrics (`loss`).
+also without their unit (`exact_match`, `kl`), of settings (`learning_rate`), of other metrics (`loss`). Of metrics the
+least nested: `kl` is evaluate/kl_nats beside the evaluate/MODEL/kl_nats of a table of several models.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ class Names:
             ("setting", [key for key in self.settings if key == name]),
             ("metric", [key for key in self.metrics if key == name]),
             ("tag", [key for key in self.tags if key == name]),
-            ("metric", [key for key in self.metrics if key.startswith(HELD_OUT) and _is_short(name, key)]),
+            ("metric", _short_for(name, [key for key in self.metrics if key.startswith(HELD_OUT)])),
             ("setting", [key for key in self.settings if key.rpartition(".")[2] == name]),
-            ("metric", [key for key in self.metrics if _is_short(name, key)]),
+            ("metric", _short_for(name, self.metrics)),
         ):
             if len(keys) > 1:
                 raise UserError(f"{name!r} could be {' or '.join(keys)}; write one of them out")
@@ -77,7 +78,7 @@ class Names:
         raise UserError(f"no run has a setting, metric or tag {name!r}; {self._hint(name)}")
 
     def _hint(self, name: str) -> str:
-        leaves = {key.rpartition("/")[2]: key for key in self.metrics}
+        leaves = {key.rpartition("/")[2]: key for key in sorted(self.metrics, key=_depth, reverse=True)}
         labels = [*self.metrics, *leaves, *FACTS, *(TAGS + key for key in self.tags), *self.settings]
         near = get_close_matches(name, labels, n=3, cutoff=0.75)
         near = list(dict.fromkeys(leaves.get(label, label) for label in near)) or nearest_fields(name)
@@ -87,9 +88,15 @@ class Names:
         return f"the metrics are {metrics}; `raydistill config --fields` lists the settings"
 
 
-def _is_short(name: str, metric: str) -> bool:
-    """Whether a name is a metric's last part, with or without its unit."""
-    return metric.rpartition("/")[2] in (name, *(f"{name}_{unit}" for unit in _UNITS))
+def _short_for(name: str, metrics: Iterable[str]) -> list[str]:
+    """The least nested of the metrics whose last part, with or without its unit, is the name."""
+    parts = (name, *(f"{name}_{unit}" for unit in _UNITS))
+    found = [metric for metric in metrics if metric.rpartition("/")[2] in parts]
+    return [metric for metric in found if _depth(metric) == min(map(_depth, found))]
+
+
+def _depth(metric: str) -> int:
+    return metric.count("/")
 
 
 def _in_order(keys: Iterable[Iterable[str]]) -> list[str]:

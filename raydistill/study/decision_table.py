@@ -21,23 +21,30 @@ _TITLE = "Held-out test rows"
 
 
 def decision_tables(lines: Sequence[Line], reference: str | None, out: Console) -> list[Table]:
-    """For a terminal; students are bold, what is not there is dim. One table where `out` is wide enough, else one without
-    the differences and with fewer standard errors, and the tasks in tables of their own."""
+    """For a terminal; students are bold, what is not there is dim. One table where `out` is wide enough; else as few as hold
+    everything but the differences, tasks apart, and without what several seeds add to a cell where that saves a table."""
     from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 
     whole = _table(lines, _whole(lines, reference), _TITLE, HEAVY_HEAD)
     if _width(whole, out) <= out.width:
         return [whole]
-    p_of = "" if reference is None else f" (p: of no difference to {reference})"
-    short = [column for column in [*_columns(lines, reference, is_narrow=True), _COST] if not column.is_left_out]
-    tables = [_table(lines, short, f"{_TITLE}{p_of}", SIMPLE_HEAD)]
-    packed: list[list[Column]] = []
-    for columns in _task_columns(lines):
-        if packed and _width(_table(lines, [*packed[-1], *columns], "", SIMPLE_HEAD), out) <= out.width:
-            packed[-1] += columns
-        else:
-            packed.append([short[0], *columns])
-    return [*tables, *(_table(lines, columns, f"Tasks{p_of}", SIMPLE_HEAD) for columns in packed)]
+
+    def packed(name: Column, groups: Sequence[Sequence[Column]]) -> list[list[Column]]:
+        tables: list[list[Column]] = []
+        for group in groups:
+            if tables and _width(_table(lines, [*tables[-1], *group], "", SIMPLE_HEAD), out) <= out.width:
+                tables[-1] += group
+            else:
+                tables.append([name, *group])
+        return tables
+
+    styles = ((_NAME, _KL), (_SHORT_NAME, _SHORT_KL))
+    found = min((packed(name, [*_held_out(lines, reference, kl), [_COST]]) for name, kl in styles), key=len)
+    first = _TITLE if reference is None else f"{_TITLE} (p: of no difference to {reference})"
+    titles = [first, *[_TITLE] * (len(found) - 1)]
+    tasks = packed(_SHORT_NAME, _task_columns(lines))
+    titled = zip([*titles, *["Tasks"] * len(tasks)], [*found, *tasks], strict=True)
+    return [_table(lines, columns, title, SIMPLE_HEAD) for title, columns in titled]
 
 
 def decision_markdown(lines: Sequence[Line], reference: str | None) -> str:
@@ -78,33 +85,29 @@ class Column:
 
     heading: str
     cell: Callable[[Line], str]
-    is_left_out: bool = False  # on a narrow terminal
 
 
 def _whole(lines: Sequence[Line], reference: str | None) -> list[Column]:
-    return [*_columns(lines, reference), *(column for some in _task_columns(lines) for column in some), _COST]
+    groups = [[_NAME], *_held_out(lines, reference, _KL, with_differences=True), *_task_columns(lines), [_COST]]
+    return [column for group in groups for column in group]
 
 
-def _columns(lines: Sequence[Line], reference: str | None, is_narrow: bool = False) -> list[Column]:
-    """All but tasks and cost."""
-    against = f"against {reference}"
-    columns = [
-        Column(heading="model", cell=(lambda line: line.name) if is_narrow else _name_cell),
-        Column(heading="size", cell=_size_cell),
-        Column(heading="KL", cell=lambda line: _kl_cell(line).partition(" ±")[0])
-        if is_narrow
-        else Column(heading="KL (nats/token)", cell=_kl_cell),
-    ]
-    if reference is not None:
-        columns += [Column(heading=against, cell=_kl_change, is_left_out=True), _p_column(KL)]
+def _held_out(
+    lines: Sequence[Line], reference: str | None, kl: Column, *, with_differences: bool = False
+) -> list[list[Column]]:
+    """What the test rows tell, a group for each measure with its tests."""
+
+    def tests(measure: str, change: Callable[[Line], str]) -> list[Column]:
+        if reference is None:
+            return []
+        difference = [Column(heading=f"against {reference}", cell=change)] if with_differences else []
+        return [*difference, _p_column(measure)]
+
+    groups = [[Column(heading="size", cell=_size_cell), kl, *tests(KL, _kl_change)]]
     if any(line.row is not None and line.row.exact_match is not None for line in lines):
-        columns.append(Column(heading="exact match", cell=_match_cell))
-        if reference is not None:
-            columns += [Column(heading=against, cell=_match_change, is_left_out=True), _p_column(EXACT_MATCH)]
-    columns.append(Column(heading="perplexity", cell=_perplexity_cell, is_left_out=True))
-    if any(CROSS_ENTROPY in line.tests for line in lines):
-        columns.append(_p_column(CROSS_ENTROPY, is_left_out=True))
-    return columns
+        groups.append([Column(heading="exact match", cell=_match_cell), *tests(EXACT_MATCH, _match_change)])
+    p = [_p_column(CROSS_ENTROPY)] if any(CROSS_ENTROPY in line.tests for line in lines) else []
+    return [*groups, [Column(heading="perplexity", cell=_perplexity_cell), *p]]
 
 
 def _task_columns(lines: Sequence[Line]) -> list[list[Column]]:
@@ -118,8 +121,8 @@ def _task_columns(lines: Sequence[Line]) -> list[list[Column]]:
     ]
 
 
-def _p_column(measure: str, is_left_out: bool = False) -> Column:
-    return Column(heading="p", cell=lambda line: _p_cell(line.tests.get(measure)), is_left_out=is_left_out)
+def _p_column(measure: str) -> Column:
+    return Column(heading="p", cell=lambda line: _p_cell(line.tests.get(measure)))
 
 
 def _table(lines: Sequence[Line], columns: Sequence[Column], title: str, box: Box) -> Table:
@@ -204,4 +207,8 @@ def _p_cell(test: PairedDifference | None) -> str:
     return f"<{SMALLEST_P:g}" if test.p_value < SMALLEST_P else f"{test.p_value:.2g}"
 
 
+_NAME = Column(heading="model", cell=_name_cell)
+_SHORT_NAME = Column(heading="model", cell=lambda line: line.name)
+_KL = Column(heading="KL (nats/token)", cell=_kl_cell)
+_SHORT_KL = Column(heading="KL", cell=lambda line: _kl_cell(line).partition(" (sd")[0])
 _COST = Column(heading="device-s", cell=_cost_cell)

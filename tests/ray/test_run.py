@@ -229,10 +229,21 @@ def test_reproduce_names_changed_data_before_it_starts(serial_twice: list[RunSum
     assert not (folder.parent / "first-reproduced").exists()
 
 
-def test_a_serial_run_with_two_trainer_workers_repeats_bit_for_bit(pools: Pools, make_config: Any) -> None:
+def test_a_serial_run_with_two_trainer_workers_and_a_loss_of_ones_own_repeats_bit_for_bit_in_a_notebook(
+    pools: Pools, make_config: Any, job_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(job_folder)
     trainer = {"num_workers": 2, "sequences_per_micro_batch": 2}
     configs = [serial_config(make_config, f"two-workers-{i}", trainer=trainer, **HF) for i in range(2)]
-    summaries = [run(config, pools, QUIET) for config in configs]
+    own = {"divergence": "my_losses:skew_kl", "beta": 0.1}
+    script, notebook = (
+        config.model_copy(update={"objective": config.objective.model_copy(update=own)}) for config in configs
+    )
+
+    async def cell() -> RunSummary:
+        return run(notebook, pools, QUIET)
+
+    summaries = [run(script, pools, QUIET), asyncio.run(cell())]
     check_bitwise_equal(*summaries, num_steps=3)
     assert all(summary.largest_gap_nats < 1e-5 for summary in summaries)
 

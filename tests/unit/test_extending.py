@@ -1,5 +1,6 @@
 """What docs/extending.md promises: its own code blocks, run."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import raydistill
+from raydistill import launch
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.losses.divergence import DIVERGENCES, check_divergence, divergence_named, generalized_jsd, kl
@@ -27,6 +29,35 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "extending.md").read
 def block(language: str, containing: str) -> str:
     (found,) = [text for name, text in BLOCKS if name == language and containing in text]
     return found
+
+
+class FakeLaunch:
+    """Ends at once, with what a run leaves behind."""
+
+    def __init__(self, config: Config, pools: object, console: object) -> None:
+        self._config = config
+
+    async def run(self) -> SimpleNamespace:
+        assert self._config.objective.on_policy_fraction == 1.0, "as configs/int4_onpolicy.toml says"
+        return SimpleNamespace(export=self._config.student.model, metrics={"rows": self._config.data.path})
+
+
+@pytest.mark.parametrize("is_notebook", [False, True])
+def test_the_script_runs_also_where_an_event_loop_runs_already(
+    is_notebook: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launch, "Launch", FakeLaunch)
+
+    async def cell() -> None:
+        exec(block("python", "summary = run(config)"), {})
+        launch.Pools().shutdown()
+
+    if is_notebook:
+        asyncio.run(cell())
+    else:
+        exec(block("python", "summary = run(config)"), {})
+    assert capsys.readouterr().out == "my/model {'rows': PosixPath('rows.jsonl')}\n"
 
 
 PROBE = """

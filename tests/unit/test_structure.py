@@ -21,7 +21,7 @@ MAY_IMPORT_ONLY = {
     "raydistill.messages": ("raydistill.errors",),
     "raydistill.config": (*CONFIG, "raydistill.errors", "raydistill.quant.formats"),  # the formats are plain data
     "raydistill.cli": (*CONFIG, "raydistill.errors", "raydistill.quiet", "raydistill.background"),
-    "raydistill.roles": (*CONFIG, "raydistill.errors", "raydistill.messages"),
+    "raydistill.roles": (*CONFIG, "raydistill.errors", "raydistill.messages", "raydistill.background"),
     "raydistill.health": ("raydistill.errors", "raydistill.messages"),  # pure judgements about messages
     "raydistill.loop": (
         *CONFIG,

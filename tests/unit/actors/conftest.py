@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+
+from raydistill.imports import UNUSED_BY_MODELS, without
+
+with without(*UNUSED_BY_MODELS):  # this file is the first of all to load it
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 
 @pytest.fixture(scope="session")

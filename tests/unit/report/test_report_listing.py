@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from raydistill.config import Config
 from raydistill.errors import UserError
 from raydistill.messages import EvalReport, Span
-from raydistill.report import choosing
+from raydistill.report import choosing, listing, table_files
 from raydistill.report.compare import compare, titles_of
 from raydistill.report.listing import results_command
 from raydistill.results.query import find_run, list_runs, sort_runs
@@ -137,6 +139,32 @@ def test_the_list_prints_tables_chosen_columns_and_strict_json(capsys: pytest.Ca
     ]
     assert results_command(["--where", "kl < 0"]) == 0
     assert "no runs" in capsys.readouterr().err
+
+
+def examples(text: str) -> list[str]:
+    """The commands in a text that list or export runs by names that a user writes."""
+    found = re.findall(r"raydistill (results (?:export )?--.*?)(?: {2,}#.*)?$", text, re.M)
+    return [command for command in found if re.search("--(where|sort|columns)", command)]
+
+
+def test_every_example_of_the_docs_works_beside_a_table_of_several_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"quant.format": "int2", "trainer.learning_rate": 1e-3}
+    both = [
+        run("table", {f"evaluate/{model}/{name}": 0.5 for model in "AB" for name in ("kl_nats", "exact_match")}, 5),
+        run("low", {"evaluate/kl_nats": 0.2, "evaluate/exact_match": 0.1}, **own),
+        run("high", {"evaluate/kl_nats": 0.1, "evaluate/exact_match": 0.9}, **own),
+    ]
+    monkeypatch.setattr(choosing, "list_runs", lambda *_: both)
+    root = Path(__file__).parents[3]
+    text = "\n".join([(root / "README.md").read_text(), (root / "docs" / "results.md").read_text()])
+    commands = examples("\n".join([text, listing.EXAMPLES, table_files.EXAMPLES]))
+    assert len(commands) >= 6
+    for command in commands:
+        assert results_command(shlex.split(command)[1:]) == 0, command
+        out = capsys.readouterr().out
+        assert out.index("high") < out.index("low"), command
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from raydistill.errors import UserError
 from raydistill.report import sweep_page
 from raydistill.report.importance import importance
 from raydistill.report.page import Picture
+from raydistill.report.plot_style import paper
 from raydistill.report.report import report_command, sweep_folder
 from raydistill.report.sweep import Estimate, ranked, read_sweep
 from raydistill.report.sweep_page import table_markdown, table_rows, write_sweep_page
-from raydistill.report.sweep_plots import field_of_curve, short_names
+from raydistill.report.sweep_plots import field_of_curve, plot_over_field, plot_parallel, short_names
 from raydistill.results.run_folders import LOCK
 
 
@@ -222,6 +223,52 @@ def test_the_curve_is_over_the_learning_rate_else_over_another_number(tmp_path: 
     sweep = read_sweep(write_sweep(tmp_path, betas, fields=["quant.format"]))
     assert field_of_curve(sweep, ranked(sweep)) is None
     assert short_names(["a.rank", "b.rank", "c.beta"]) == ["a.rank", "b.rank", "beta"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "heights", "ticks"),
+    [
+        ("min", [[1, 1, 0], [0.5, 1, 2 / 3], [0, 0, 1]], {"0.1": 1, "0.2": 2 / 3, "0.4": 0}),
+        ("max", [[0, 0, 0], [0.5, 1, 1 / 3], [1, 1, 1]], {"0.1": 0, "0.2": 1 / 3, "0.4": 1}),
+    ],
+)
+def test_on_parallel_coordinates_better_is_higher_and_the_best_point_is_thick_and_on_top(
+    tmp_path: Path, drawn: list[Any], mode: str, heights: list[list[float]], ticks: dict[str, float]
+) -> None:
+    trials = [
+        trial(1, 0.1, trainer__learning_rate=1e-4, quant__format="int2"),
+        trial(2, 0.2, trainer__learning_rate=1e-3, quant__format="int4"),
+        trial(3, 0.4, trainer__learning_rate=1e-2, quant__format="int4"),
+        trial(4, None, "failed", "x", trainer__learning_rate=1e-5, quant__format="int4"),
+    ]
+    sweep = read_sweep(write_sweep(tmp_path, trials, mode=mode, fields=["trainer.learning_rate", "quant.format"]))
+    plot_parallel(sweep, ranked(sweep), tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["learning_rate", "format", "kl_nats"]
+    lines = [line for line in axes.lines if list(line.get_xdata()) == [0, 1, 2]]
+    assert [pytest.approx(line.get_ydata()) for line in lines] == heights, "worst first"
+    assert [line.get_linewidth() for line in lines] == [1.3, 1.3, 3.2]
+    assert lines[2].get_color() == paper().lines[1] and lines[2].get_zorder() > lines[1].get_zorder()
+    labels = {text.get_text().strip(): text.get_position()[1] for text in axes.texts if text.get_position()[0] == 2}
+    assert labels == pytest.approx(ticks)
+
+
+def test_the_curve_has_a_line_for_each_combination_of_the_others_with_its_errors(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    sweep = read_sweep(write_sweep(tmp_path))
+    plot_over_field(sweep, ranked(sweep), "trainer.learning_rate", tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert [bars.get_label() for bars in axes.containers] == ["format int4", "format int2"], "the best one first"
+    for bars, shift, rates in zip(axes.containers, (0.0, 0.1), ((1e-4, 1e-3, 1e-2), (1e-4, 1e-3)), strict=True):
+        line, _, (errors,) = bars.lines
+        assert line.get_xdata() == pytest.approx(rates)
+        means = [shift + rate + 5e-6 for rate in rates]
+        assert line.get_ydata() == pytest.approx(means)
+        spans = [(low[1], high[1]) for low, high in errors.get_segments()]
+        assert spans == [pytest.approx((mean - 5e-6, mean + 5e-6)) for mean in means], "of two seeds, 1e-5 apart"
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_title(loc="left") == "kl_nats over learning_rate, lower is better"
 
 
 def test_a_damaged_sweep_file_is_one_line_that_names_it(tmp_path: Path) -> None:

@@ -117,6 +117,23 @@ def test_names_are_whole_names_first_then_last_parts_and_a_held_out_metric_wins(
     assert names.find("run").kind == "fact"
 
 
+def test_a_short_name_is_a_runs_own_metric_beside_a_table_of_several_models() -> None:
+    table = run("table", {}, {f"evaluate/{model}/{name}": 0.5 for model in "AB" for name in ("kl_nats", "exact_match")})
+    match = run("match", {}, {"evaluate/exact_match": 0.9})
+    names = Names([table, *RUNS, match])
+    assert [names.find(name).key for name in ("kl", "kl_nats", "exact_match")] == [
+        "evaluate/kl_nats",
+        "evaluate/kl_nats",
+        "evaluate/exact_match",
+    ]
+    assert names.find("evaluate/A/kl_nats").key == "evaluate/A/kl_nats"
+    assert [one.name for one in matching([table, *RUNS, match], "exact_match > 0.5")] == ["match"]
+    with pytest.raises(UserError, match="did you mean evaluate/exact_match"):
+        names.find("exact_mach")
+    with pytest.raises(UserError, match="could be evaluate/A/kl_nats or evaluate/B/kl_nats; write one"):
+        Names([table]).find("kl")
+
+
 def test_settings_that_the_store_keeps_as_text_come_back_with_their_types() -> None:
     assert typed_setting("trainer.learning_rate", "1e-05") == 1e-5
     assert typed_setting("quant.group_size", "channel") == "channel"
