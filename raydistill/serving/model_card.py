@@ -122,7 +122,7 @@ def _held_out(facts: CardFacts) -> Iterator[str]:
         plain = "its base, not trained" if facts.fmt is None else f"plain rounding to {facts.fmt.name}"
         rows = {f"before training (step 0: {plain})": facts.before} | rows
     if "evaluate/kl_nats" in names:
-        rows = {f"teacher, {public_name(facts.teacher)}": {"evaluate/kl_nats": 0.0}} | rows
+        rows = {"teacher": {"evaluate/kl_nats": 0.0}} | rows
     for title, metrics in rows.items():
         yield f"| {title} | " + " | ".join(_value(name, metrics) for name in names) + " |"
 

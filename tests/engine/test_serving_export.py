@@ -113,7 +113,7 @@ def test_int4_exports_what_transformers_loads_alone(run: Run, tmp_path: Path, ca
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert '| chat template\'s variables | `{"enable_thinking": false}` |' in card
     numbers = (
-        "| teacher, base | 0 | - |",
+        "| teacher | 0 | - |",
         "| 0.5 | 50.0 ± 1.0 % |",
         "| **this student (step 2)** | 0.1 | 50.0 ± 1.0 % |",
     )

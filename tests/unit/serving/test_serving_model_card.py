@@ -44,7 +44,7 @@ def test_a_card_sets_the_student_beside_its_teacher_and_plain_rounding() -> None
     assert rows_of(model_card(FACTS), "Quality on held-out rows") == [
         "| | KL to the teacher (nats/token) | exact match |",
         "|---|---:|---:|",
-        "| teacher, Qwen/Qwen3-4B | 0 | - |",
+        "| teacher | 0 | - |",
         "| before training (step 0: plain rounding to int2-g32-asym-absmax) | 0.1 | 52.0 ± 2.0 % |",
         "| **this student (step 150)** | 0.004 | 97.0 ± 1.0 % |",
     ]
