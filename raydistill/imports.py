@@ -7,7 +7,7 @@ code").
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 UNUSED_BY_MODELS = (
@@ -27,9 +27,18 @@ def without(*packages: str) -> Iterator[None]:
     hidden = [name for name in packages if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # the import system's own sign for "is not there"
+    _forget_answers(hidden)
     try:
         yield
     finally:
         for name in hidden:
             if sys.modules.get(name, name) is None:
                 del sys.modules[name]
+
+
+def _forget_answers(packages: Iterable[str]) -> None:
+    """transformers remembers whether a package is there: what it was told before would hold inside, where it is not."""
+    told = sys.modules.get("transformers.utils.import_utils")
+    for name in packages:
+        if (answer := getattr(told, f"is_{name}_available", None)) is not None:
+            answer.cache_clear()

@@ -36,10 +36,17 @@ def why_plain(folder: Path, takes_int4: bool) -> str | None:
 
 
 def plain_copy(export: Path, reason: str) -> Path:
-    """FOLDER.dequantized beside an export, adapter merged: written if it is not there or is of another student."""
+    """FOLDER.dequantized beside an export: written if it is not there or is of another student.
+
+    A float32 student's adapter becomes part of the weights, which on a CPU is twice as fast as vLLM's LoRA. In 16 bits the
+    sum would be rounded to another student: the adapter stays beside the weights.
+    """
     copy, source = export.with_name(f"{export.name}{PLAIN_COPY}"), _source_of(export)
-    made = manifest_of(copy)
-    if made is not None and made.get("extra", {}).get(SOURCE) == source:
+    manifest, made = manifest_of(export) or {}, manifest_of(copy)
+    is_served = manifest.get("lora") is not None
+    merges = is_served and manifest.get("dtype") == "float32"
+    is_beside = made is not None and made.get("lora") is not None
+    if made is not None and made.get("extra", {}).get(SOURCE) == source and is_beside == (is_served and not merges):
         console.print(f"{export} {reason}: using the plain weights in {copy}", soft_wrap=True)
         return copy
     if copy.exists() and (made is None or SOURCE not in made.get("extra", {})):
@@ -49,9 +56,8 @@ def plain_copy(export: Path, reason: str) -> Path:
     from raydistill.quant.layouts import write_layout
 
     building = copy.with_name(f".{copy.name}.{uuid.uuid4().hex[:8]}.partial")
-    is_served = (manifest_of(export) or {})["lora"] is not None
     try:
-        write_layout(export, building, "dequantized", merge_adapter=is_served, extra={SOURCE: source})
+        write_layout(export, building, "dequantized", merge_adapter=merges, extra={SOURCE: source})
         rename_over(building, copy)
     except OSError as error:
         raise UserError(

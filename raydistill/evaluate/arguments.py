@@ -43,7 +43,7 @@ examples:
         lm-eval's tasks from the hub; without a hub --task-data DIR reads DIR/TASK/SPLIT.jsonl, or task YAMLs of your own
   raydistill evaluate one=adapters/one two=adapters/two --base models/qwen3-4b --data test.jsonl --engine vllm
         adapters over one base: loaded once, one engine start
-  raydistill evaluate outputs/runs/* --json > table.json
+  raydistill evaluate outputs/runs/int2 outputs/runs/int3 --json > table.json
         for a program: a JSON list with one object for each model
 """
 

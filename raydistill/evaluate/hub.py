@@ -32,12 +32,24 @@ def fetch(model: str) -> Path:
     try:
         with spinner(console, f"looking for {model} on the hub"):
             return Path(snapshot_download(model, allow_patterns=list(FILES)))
-    except (OSError, ValueError) as error:  # the hub's errors are of these families
-        reason = "the hub cannot be reached" if os.environ.get(OFFLINE) else str(error).strip().splitlines()[0]
+    except hub_errors() as error:
+        reason = "the hub cannot be reached" if os.environ.get(OFFLINE) else first_line(error)
         raise ModelError(
             f"{model} does not exist here, and is no model of the hub that is cached or can be downloaded ({reason}); give a "
             "model's folder, a run's, or the id of a model on the hub"
         ) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library raises: errors of its own, and those of the HTTP library below it, which are no OSError."""
+    from huggingface_hub import errors
+
+    return OSError, ValueError, errors.HTTPError, errors.XetDownloadError
+
+
+def first_line(error: Exception) -> str:
+    """The message, or the error's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def go_offline_if_unreachable() -> None:

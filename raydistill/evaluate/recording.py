@@ -14,7 +14,7 @@ from raydistill.evaluate.targets import version_of
 from raydistill.messages import EvalReport, Span
 from raydistill.results.record_lines import start_of
 from raydistill.results.recorded import recorded
-from raydistill.results.tables import SummaryRow, comparison_json, comparison_markdown
+from raydistill.results.tables import COMPARISON, SummaryRow, comparison_json, comparison_markdown
 
 DEFAULT_OUTPUT = Path("outputs")
 
@@ -42,7 +42,7 @@ def record_evaluation(
             version = steps[place] or 0
             metrics = metrics_of(row) if row is not None else _of_all(models)
             record.evaluation(EvalReport(version=version, metrics=metrics, span=span))
-        record.table("comparison", comparison_json(rows), comparison_markdown(rows))
+        record.table(COMPARISON, comparison_json(rows), comparison_markdown(rows))
         for name, path in files.items():
             record.artifact(name, path)
     return folder

@@ -16,9 +16,9 @@ from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.hub import fetch, is_hub_id
 from raydistill.evaluate.run_defaults import EXPORT_FOLDER, RunDefaults, config_of, read_defaults
 from raydistill.quant.formats import ADAPTER_FOLDER, MANIFEST, TEMPLATE
-from raydistill.results.record_lines import RECORD_FILE
+from raydistill.results.record_lines import RECORD_FILE, read_record
 from raydistill.results.run_folders import refuse_url
-from raydistill.results.tables import Role
+from raydistill.results.tables import COMPARISON, Role
 
 CHECKPOINTS, STEP = "checkpoints", "step-"  # as in recovery/checkpoint.py, which costs the import of torch
 ADAPTER_CONFIG = "adapter_config.json"
@@ -104,6 +104,16 @@ def is_adapter(folder: Path) -> bool:
         return False
     weights = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
     return not (weights and (folder / "config.json").is_file())
+
+
+def without_export(run: Path, way_out: str = "") -> ModelError:
+    """What to say of a record's folder that holds no model. way_out: besides finishing a run."""
+    if any(line["kind"] == "table" and line["name"] == COMPARISON for line in read_record(run)):
+        return ModelError(
+            f"{run} is the record of a comparison and holds no model; `raydistill results show {run}` shows its table, and "
+            "the runs beside it are what can be loaded"
+        )
+    return ModelError(f"the run {run} has no {EXPORT_FOLDER}/ folder, so it did not finish; finish it first{way_out}")
 
 
 def run_of_checkpoint(path: Path) -> Path | None:
@@ -194,10 +204,7 @@ def _check_model(path: Path, folder: Path) -> None:
         offer = f"did you mean {path.parent / near[0]}?" if near else "give a model's folder or a run's"
         raise ModelError(f"{path} does not exist; {offer}")
     if folder != path and not folder.is_dir():
-        raise ModelError(
-            f"the run {path} has no {EXPORT_FOLDER}/ folder, so it did not finish; finish it first, or measure what it kept "
-            "with --every-checkpoint"
-        )
+        raise without_export(path, ", or measure what it kept with --every-checkpoint")
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is not a model: it holds no config.json; give an exported student, a transformers folder or a "

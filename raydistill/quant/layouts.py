@@ -2,7 +2,8 @@
 
     packed               as `export_student` wrote it
     compressed-tensors   int4 as vLLM and transformers read it (compressed.py)
-    dequantized          Q(W) in the dtype that the student computes in; with `merge_adapter` Q(W) + s*BA
+    dequantized          Q(W) in the dtype that the student computes in; with `merge_adapter` Q(W) + s*BA, summed
+                         and stored in float32
 
 Each holds configuration, tokenizer, generation settings, raydistill.json (`as` names the layout) and, for a student in
 served mode, adapter/. `write_layout` reads a folder that has codes (the first two); `load_layout` is `load_exported` for the
@@ -67,12 +68,14 @@ def write_layout(
         _set_config(building, dtype, quantization_config(fmt, _other_linears(source, manifest["layers"])))
     else:
         tensors = others | {f"{name}.weight": dequantize(quantized) for name, quantized in codes.items()}
+        if dtype is not None:
+            tensors = _in_dtype(tensors, getattr(torch, dtype))
         if merge_adapter:
             _merge(tensors, source, manifest["lora"])
-            manifest["lora"] = None
-        if dtype is not None:
-            target = getattr(torch, dtype)
-            tensors = {key: value.to(target) if value.is_floating_point() else value for key, value in tensors.items()}
+            # An adapter's part is below what bfloat16 resolves of many weights: rounded, it would be another student.
+            tensors = _in_dtype(tensors, torch.float32)
+            manifest["lora"], dtype = None, "float32"
+            manifest["dtype"] = dtype
         _set_config(building, dtype, None)
         manifest["others_hash"] = hash_tensors(tensors)
     save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
@@ -132,6 +135,10 @@ def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, 
         raise QuantError(f"{path} lacks tensor {error}; export the student again.") from error
     compare_hashes(manifest, codes, tensors, path)
     return codes, tensors
+
+
+def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def _merge(tensors: dict[str, Tensor], source: Path, lora: Mapping[str, Any]) -> None:

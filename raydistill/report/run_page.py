@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,40 +15,15 @@ from raydistill.report.page import Cell, PageTable, Picture, cell, picture, plai
 from raydistill.report.plot_gap import plot_policy_gap
 from raydistill.report.plot_style import STAGE_COLOURS
 from raydistill.report.plots import plot_bytes_kl, plot_spans
-from raydistill.report.run_view import COMPARISON, Measured, RunView, summary_rows
+from raydistill.report.run_view import Comparison, Measured, RunView, comparison_of
 from raydistill.report.settings import all_settings, changed_table
 from raydistill.report.summary import format_seconds, percent, sentences
 from raydistill.report.verdict import next_steps, verdict
-from raydistill.results.record_lines import read_record
-from raydistill.results.tables import SummaryRow, comparison_cells, comparison_columns, format_bytes, format_kl
+from raydistill.results.tables import comparison_cells, comparison_columns, format_bytes, format_kl
 from raydistill.results.timeline import bottleneck, overlap_seconds, stage_times, wall_seconds
 from raydistill.results.translate import leaves
 
-_STUDY = re.compile(r"(\d{8}-\d{6})-(.+)")  # a study's runs share their time: 20260131-235959-student
 _MAX_SAMPLES = 12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """The table that a run is measured against."""
-
-    rows: Sequence[SummaryRow]
-    source: str | None  # the record that holds it, if not the run's own
-    is_about_this_run: bool  # its student is this run's
-
-
-def comparison_of(view: RunView) -> Comparison | None:
-    """The run's own comparison, else that of the study which it was an arm of."""
-    if view.comparison:
-        return Comparison(rows=view.comparison, source=None, is_about_this_run=True)
-    arm = _STUDY.fullmatch(view.name)
-    if arm is None:
-        return None
-    beside = view.folder.parent / f"{arm[1]}-{COMPARISON}"
-    found = next((line for line in read_record(beside) if line["kind"] == "table" and line["name"] == COMPARISON), None)
-    rows = summary_rows(found) if found else []
-    is_student = any(row.name == arm[2] and row.role == "student" for row in rows)
-    return Comparison(rows=rows, source=beside.name, is_about_this_run=is_student) if rows else None
 
 
 def run_page(view: RunView) -> str:

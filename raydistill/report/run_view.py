@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -12,13 +13,13 @@ from raydistill.config import Config
 from raydistill.messages import Span
 from raydistill.results.names import STANDARD_ERROR
 from raydistill.results.query import higher_is_better
-from raydistill.results.record_lines import Line, spans_of
-from raydistill.results.tables import SummaryRow, with_error
+from raydistill.results.record_lines import Line, read_record, spans_of
+from raydistill.results.tables import COMPARISON, SummaryRow, with_error
 from raydistill.results.timeline import wall_seconds
 from raydistill.results.translate import leaves
 
 NOT_SHOWN = ("run.name",)  # what a run is called says its title
-COMPARISON = "comparison"  # the table of teacher, PTQ and student
+_STUDY = re.compile(r"(\d{8}-\d{6})-(.+)")  # a study's runs share their time: 20260131-235959-student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,29 @@ class MetricHistory:
 def view_of(lines: Iterable[Line], folder: Path) -> RunView:
     """The view of a record's lines."""
     return RunView(folder=folder, lines=list(lines))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The table that a run is measured against."""
+
+    rows: Sequence[SummaryRow]
+    source: str | None  # the record that holds it, if not the run's own
+    is_about_this_run: bool  # its student is this run's
+
+
+def comparison_of(view: RunView) -> Comparison | None:
+    """The run's own comparison, else that of the study which it was an arm of."""
+    if view.comparison:
+        return Comparison(rows=view.comparison, source=None, is_about_this_run=True)
+    arm = _STUDY.fullmatch(view.name)
+    if arm is None:
+        return None
+    beside = view.folder.parent / f"{arm[1]}-{COMPARISON}"
+    found = next((line for line in read_record(beside) if line["kind"] == "table" and line["name"] == COMPARISON), None)
+    rows = summary_rows(found) if found else []
+    is_student = any(row.name == arm[2] and row.role == "student" for row in rows)
+    return Comparison(rows=rows, source=beside.name, is_about_this_run=is_student) if rows else None
 
 
 def summary_rows(table: Line) -> list[SummaryRow]:

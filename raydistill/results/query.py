@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import UserError
 from raydistill.results.names import Names
 from raydistill.results.provenance import scrub
+from raydistill.results.reachable import silence_of
 from raydistill.results.runs import RUN_TAG, RunRow, typed_setting
 from raydistill.results.store import PARENT_TAG, RECORD_ID_TAG, open_client, sqlite_path
 from raydistill.results.tables import SHARES
@@ -24,6 +26,7 @@ _HIGHER_IS_BETTER = ("accuracy", "last_number", "per_s", "recovered")
 _SHARE = re.compile(rf"(?:^|[_/])(?:{'|'.join(SHARES)})(?:_norm|_bytes|_mutual_info)*(?:\.[\w-]+)?$(?<!_se)")
 """One of lm-eval's at the end of a metric's name, and the filter that chose the answers: gsm8k_exact_match.strict-match."""
 _PAGE = 500
+LONGEST_REASON = 160  # libraries repeat themselves: the cause comes first
 
 
 def list_runs(uri: str, experiment: str | None = None) -> list[RunRow]:
@@ -59,13 +62,30 @@ def _answering(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    def refusal(reason: str) -> UserError:
+        said = shorten(scrub(reason), LONGEST_REASON, placeholder=" ...")
+        return UserError(
+            f"the results store {scrub(uri)} does not answer ({said}); start it, or name another one with --uri"
+        )
+
+    # MLflow knocks at a database for minutes. A server may be behind a proxy, which only its library knows.
+    silence = None if uri.startswith("http") else silence_of(uri)
+    if silence is not None:
+        raise refusal(silence)
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the results store {scrub(uri)} does not answer ({scrub(reason)}); start it, or name another one with --uri"
-        ) from error
+        raise refusal(_cause(error)) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said (`Connection refused`) of an error that libraries wrapped, else its first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return str(inner.strerror)
+        inner = inner.__cause__ or inner.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def require_store(uri: str) -> None:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Role = Literal["teacher", "ptq", "student", "control"]
+COMPARISON = "comparison"
+"""What a record calls this table."""
 SHARES = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass")
 """How the names of lm-eval's metrics begin that lie between 0 and 1, and are better the higher they are."""
 _MOST_PLACES = 7

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill import __version__
 from raydistill.cli import command_parser, console
 from raydistill.errors import QuantError, RunError, UserError
+from raydistill.evaluate.hub import first_line, hub_errors
 from raydistill.evaluate.run_defaults import EXPORT_FOLDER, SOURCE_FILE, source_of
 from raydistill.quant.formats import LAYOUTS, TEMPLATE, Layout, check_layout, default_layout
 from raydistill.recovery.checkpoint import (
@@ -28,13 +29,14 @@ from raydistill.recovery.checkpoint import (
     version_of,
 )
 from raydistill.recovery.keeper import read_best
-from raydistill.results.record_lines import evaluations_of, recorded_config, require_start
+from raydistill.results.record_lines import evaluations_of, read_record, recorded_config, require_start
 from raydistill.results.run_folders import refuse_url
 from raydistill.results.tables import format_bytes
 
 if TYPE_CHECKING:
     from raydistill.config import Config
     from raydistill.messages import StudentWeights
+    from raydistill.results.tables import SummaryRow
     from raydistill.serving.model_card import CardFacts
 
 SUMMARY = """\
@@ -52,12 +54,15 @@ examples:
   raydistill export outputs/runs/NAME --to exports/step-100 --checkpoint 100 --as dequantized
         another checkpoint, as plain weights
   raydistill export outputs/runs/NAME --to exports/student --push-to-hub ME/student
-        and upload it; a repository that does not exist is made private
+        and upload it; a repository that does not exist is made private. The same command again, after an upload that
+        failed, uploads the folder that is there
   raydistill evaluate exports/student
         the folder measured against the run's teacher on its held-out rows
   raydistill serve exports/student
         an OpenAI-compatible server
 """
+
+TRAINED = "weights_hash"  # entry of raydistill.json's `extra`: of the checkpoint's tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--merge-adapter",
         action="store_true",
-        help="with --as dequantized: make a served student's adapter part of the plain weights",
+        help="with --as dequantized: make a served student's adapter part of the plain weights, stored in float32",
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder, such as ME/student")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON on stdout")
@@ -124,12 +129,12 @@ def export_run(
     push_to: str | None = None,
     hub: Any = None,
 ) -> ExportReport:
-    """Write the folder; everything that can be refused is refused before a model is loaded. hub: in place of
-    huggingface_hub, in tests."""
+    """Write the folder; everything that can be refused is refused before a model is loaded. A folder that is this very
+    export already is uploaded as it is. hub: in place of huggingface_hub, in tests."""
     refuse_url(run)
     start = require_start(run)
     config = recorded_config(start, run, f"its own export is {run / EXPORT_FOLDER}")
-    if to.exists():
+    if to.exists() and push_to is None:
         raise UserError(f"--to {to} exists; choose another folder or remove it")
     fmt, is_served = config.quant.weight_format, config.adapter.mode == "served"
     layout = layout or default_layout(fmt)
@@ -138,16 +143,55 @@ def export_run(
     if push_to is not None:
         hub = _hub(hub)
 
+    from raydistill.quant.export import packed_bytes, read_manifest
+    from raydistill.quant.hashing import hash_tensors
+
+    name = run.absolute().name
+    # The hash tells apart what was trained under one name: in served mode two runs have the same codes.
+    extra = {"run": name, "version": weights.version, TRAINED: hash_tensors(weights.tensors)}
+    extra[TEMPLATE] = config.data.template
+    if not to.exists():
+        if merge_adapter and config.student.dtype != "float32":
+            console.print(
+                "merged weights are stored in float32: 16 bits would round part of the adapter away", style="dim"
+            )
+        _write_folder(run, to, start, config, weights, layout, merge_adapter, extra)
+    elif not _is_export(to, extra, layout, is_beside=is_served and not merge_adapter):
+        raise UserError(f"--to {to} exists and is not this export; choose another folder or remove it")
+    else:
+        console.print(f"{to} is this export already: it is uploaded as it is", soft_wrap=True)
+    if push_to is not None:
+        push(to, push_to, hub)
+    return ExportReport(
+        folder=to,
+        run=name,
+        version=weights.version,
+        layout=layout,
+        format=fmt.name if fmt else "none",
+        codes_hash=read_manifest(to)["codes_hash"],
+        bytes=packed_bytes(to),
+        pushed_to=push_to,
+    )
+
+
+def _write_folder(
+    run: Path,
+    to: Path,
+    start: Mapping[str, Any],
+    config: Config,
+    weights: StudentWeights,
+    layout: Layout,
+    merge_adapter: bool,
+    extra: Mapping[str, Any],
+) -> None:
     from raydistill.quant.export import packed_bytes
     from raydistill.quant.layouts import write_layout
     from raydistill.serving.model_card import model_card
 
-    name = run.absolute().name
     building = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
     scratch = building.with_suffix(".packed")
     try:
         packed = _packed_export(run, config, weights, scratch)
-        extra = {"run": name, "version": weights.version, TEMPLATE: config.data.template}
         manifest = write_layout(packed, building, layout, merge_adapter, extra)
         facts = _card_facts(run, to, start, config, manifest, weights.version, packed_bytes(building))
         (building / "README.md").write_text(model_card(facts))
@@ -158,18 +202,19 @@ def export_run(
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
-    if push_to is not None:
-        push(to, push_to, hub)
-    return ExportReport(
-        folder=to,
-        run=name,
-        version=weights.version,
-        layout=layout,
-        format=fmt.name if fmt else "none",
-        codes_hash=manifest["codes_hash"],
-        bytes=facts.size_bytes,
-        pushed_to=push_to,
-    )
+
+
+def _is_export(folder: Path, extra: Mapping[str, Any], layout: Layout, is_beside: bool) -> bool:
+    """Whether a folder is what would be written. is_beside: with an adapter beside its weights."""
+    from raydistill.quant.export import layout_of, read_manifest
+
+    try:
+        manifest = read_manifest(folder)
+    except QuantError:
+        return False
+    kept = manifest.get("extra", {})
+    is_same = layout_of(manifest) == layout and (manifest["lora"] is not None) == is_beside
+    return is_same and all(kept.get(key) == value for key, value in extra.items())
 
 
 def find_weights(run: Path, wanted: str) -> StudentWeights:
@@ -206,7 +251,7 @@ def _card_facts(
 ) -> CardFacts:
     from raydistill.serving.model_card import CardFacts
 
-    is_beside = manifest["lora"] is not None
+    is_beside, evaluations = manifest["lora"] is not None, evaluations_of(run)
     return CardFacts(
         name=to.absolute().name,
         run=run.absolute().name,
@@ -222,9 +267,23 @@ def _card_facts(
         data_fingerprint=start.get("data_fingerprint"),
         template=config.data.template,
         size_bytes=size,
-        metrics=evaluations_of(run).get(version, {}),
+        metrics=evaluations.get(version, {}),
+        before=evaluations.get(0, {}),
+        compared=_compared(run.absolute(), version),
         raydistill=__version__,
     )
+
+
+def _compared(run: Path, version: int) -> list[SummaryRow]:
+    """What the study that a run is an arm of measured of teacher, plain quantization and this run; empty where it was none,
+    or measured another checkpoint."""
+    from raydistill.report.run_view import comparison_of, view_of
+
+    comparison = comparison_of(view_of(read_record(run), run))
+    if comparison is None or not comparison.is_about_this_run or version != read_best(run / CHECKPOINTS):
+        return []
+    arm = run.name.split("-", 2)[-1]
+    return [row for row in comparison.rows if row.role in ("teacher", "ptq") or row.name == arm]
 
 
 def push(folder: Path, repo: str, hub: Any) -> None:
@@ -237,9 +296,10 @@ def push(folder: Path, repo: str, hub: Any) -> None:
             commit_message=f"raydistill {__version__}",
             ignore_patterns=[SOURCE_FILE],
         )
-    except (OSError, ValueError) as error:  # the hub's errors are of these families
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"{folder} is written, but --push-to-hub {repo} failed: {reason}") from error
+    except hub_errors() as error:
+        raise RunError(
+            f"{folder} is written, but --push-to-hub {repo} failed: {first_line(error)}; the same command uploads it"
+        ) from error
 
 
 def _hub(hub: Any) -> Any:

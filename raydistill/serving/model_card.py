@@ -6,12 +6,13 @@ Plain text from plain facts. Folders of this machine are shown by their last nam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from raydistill.quant.formats import Layout, WeightFormat
-from raydistill.results.tables import format_bytes
+from raydistill.results.names import STANDARD_ERROR
+from raydistill.results.tables import SummaryRow, comparison_markdown, format_bytes
 
 METRICS = {
     "evaluate/kl_nats": "KL to the teacher (nats/token)",
@@ -43,7 +44,9 @@ class CardFacts:
     data_fingerprint: str | None
     template: Mapping[str, object]  # variables of the chat template
     size_bytes: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float]  # of this checkpoint, in its run
+    before: Mapping[str, float]  # of version 0
+    compared: Sequence[SummaryRow]  # teacher, plain quantization and this student, where the run was part of a study
     raydistill: str
 
 
@@ -101,16 +104,36 @@ def _quality(facts: CardFacts) -> Iterator[str]:
     yield "\n## Quality on held-out rows\n"
     if not facts.metrics:
         yield "This checkpoint was not evaluated in its run."
-        return
-    yield "| measure | value |\n|---|---:|"
-    for name, value in facts.metrics.items():
-        if name.endswith("_se"):
-            continue
-        text = f"{value:.4g}"
-        if name == "evaluate/exact_match":
-            error = facts.metrics.get(f"{name}_se")
-            text = f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
-        yield f"| {METRICS.get(name, name.removeprefix('evaluate/'))} | {text} |"
+    else:
+        yield from _held_out(facts)
+    if facts.compared:
+        num_rows = next((row.num_rows for row in facts.compared if row.num_rows is not None), None)
+        yield f"\nOn {'test rows' if num_rows is None else f'{num_rows:,} test rows'}, each model as it is shipped:\n"
+        yield comparison_markdown(facts.compared).rstrip("\n")
+
+
+def _held_out(facts: CardFacts) -> Iterator[str]:
+    """The run's own evaluations: of the teacher the record says no more than that its KL to itself is 0."""
+    names = [name for name in facts.metrics if not name.endswith(STANDARD_ERROR)]
+    yield "| | " + " | ".join(METRICS.get(name, name.removeprefix("evaluate/")) for name in names) + " |"
+    yield "|---|" + "---:|" * len(names)
+    rows = {f"**this student (step {facts.version})**": facts.metrics}
+    if facts.before and facts.version != 0:
+        plain = "its base, not trained" if facts.fmt is None else f"plain rounding to {facts.fmt.name}"
+        rows = {f"before training (step 0: {plain})": facts.before} | rows
+    if "evaluate/kl_nats" in names:
+        rows = {"teacher": {"evaluate/kl_nats": 0.0}} | rows
+    for title, metrics in rows.items():
+        yield f"| {title} | " + " | ".join(_value(name, metrics) for name in names) + " |"
+
+
+def _value(name: str, metrics: Mapping[str, float]) -> str:
+    if name not in metrics:
+        return "-"
+    value, error = metrics[name], metrics.get(name + STANDARD_ERROR)
+    if name == "evaluate/exact_match":
+        return f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
+    return f"{value:.4g}"
 
 
 def _loading(facts: CardFacts) -> Iterator[str]:
@@ -132,8 +155,10 @@ def _loading(facts: CardFacts) -> Iterator[str]:
     if is_served:
         yield 'model.load_adapter(f"{FOLDER}/adapter")  # part of the student: without it, it is another model'
     yield "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n"
-    lora = " --enable-lora --lora-modules student=FOLDER/adapter" if is_served else ""
-    yield f"With vLLM: `raydistill serve FOLDER`, or `vllm serve FOLDER{lora}`."
+    switches = " --enable-lora --lora-modules student=FOLDER/adapter" if is_served else ""
+    if facts.layout == "dequantized" and facts.dtype == "float32":
+        switches += " --dtype float32"  # left alone, vLLM rounds float32 to bfloat16
+    yield f"With vLLM: `raydistill serve FOLDER`, or `vllm serve FOLDER{switches}`."
     if facts.layout == "compressed-tensors" and facts.fmt is not None and facts.fmt.scale_dtype != "bfloat16":
         yield (
             f"\nScales are stored in {facts.fmt.scale_dtype} as they were trained. An engine that computes in bfloat16 "

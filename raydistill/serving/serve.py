@@ -21,7 +21,7 @@ from raydistill.actors.vllm_settings import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIR
 from raydistill.cli import command_parser, console
 from raydistill.errors import ModelError, UserError
 from raydistill.evaluate.run_defaults import EXPORT_FOLDER
-from raydistill.evaluate.targets import is_adapter
+from raydistill.evaluate.targets import is_adapter, without_export
 from raydistill.quant.formats import ADAPTER_FOLDER, TEMPLATE
 from raydistill.results.record_lines import RECORD_FILE
 
@@ -31,8 +31,9 @@ Serve a model's folder at http://127.0.0.1:PORT/v1 with vLLM: an export of raydi
 export), or any transformers folder. Ends with Ctrl-C.
 
 vLLM does not know raydistill's packed layout, and has no 4-bit kernel for x86 processors without AVX-512: plain weights are
-then written beside the folder first, and used again the next time. On a CPU int4 weights run in bfloat16, plain weights
-in the dtype of the student.
+then written beside the folder first, and used again the next time. An adapter of a student trained in served mode is merged
+into those in float32; in 16 bits, where rounding would take part of it away, vLLM serves it beside them (LoRA). int4 weights
+run in bfloat16 on a CPU, plain weights of an export in the dtype of the student.
 
 Chats are rendered with the template variables that the student was trained with, such as enable_thinking=false."""
 EXAMPLES = """\
@@ -123,7 +124,7 @@ def check_model(folder: Path) -> Path:
     """The model in a folder: the folder itself, or a run's export; ModelError where there is none. Reads no weights."""
     if (folder / RECORD_FILE).is_file():
         if not (folder / EXPORT_FOLDER).is_dir():
-            raise ModelError(f"the run {folder} has no {EXPORT_FOLDER}/ folder, so it did not finish; finish it first")
+            raise without_export(folder)
         folder = folder / EXPORT_FOLDER
     if not folder.is_dir():
         raise ModelError(f"{folder} does not exist; give an export, a model or a run's folder")
@@ -162,6 +163,8 @@ def plan_server(folder: Path, port: int, name: str, extra: Sequence[str], is_cpu
     if is_cpu:
         environment |= CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         options |= {"dtype": engine_dtype(folder, is_cpu=True), "block-size": "32"}
+    elif (manifest or {}).get("as") == "dequantized":
+        options["dtype"] = engine_dtype(folder, is_cpu=False)
     given = {argument.split("=")[0] for argument in extra}
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for option, value in options.items():

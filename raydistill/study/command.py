@@ -34,9 +34,9 @@ COMPARE_SUMMARY = """\
 The table that decides whether distillation is worth it: teacher, plain quantization at its best (rounding, GPTQ, AWQ), a
 control trained on the gold answers, off-policy, mixed and on-policy distillation. One model, one width, the same rows.
 
-For each: bytes, KL to the teacher, perplexity, exact match (evaluation.exact_match), lm-eval's tasks (study.tasks), standard
-errors, what training cost in device-seconds, and the difference to the best plain quantization of the same width with the p
-value of a paired test.
+For each: bytes, KL to the teacher, perplexity, exact match (evaluation.exact_match), lm-eval's tasks (study.tasks), all
+computed with transformers; standard errors, what training cost in device-seconds, and the difference to the best plain
+quantization of the same width with the p value of a paired test.
 
 Fair by construction: every PTQ method and width gets its best of four grids, chosen on held-out rows; GPTQ and AWQ are
 calibrated on the students' training rows; the table is measured on rows that chose nothing (study.test_path, or the

@@ -15,7 +15,7 @@ from rich.console import Console
 from raydistill.config import Config
 from raydistill.config.sections import StudySection
 from raydistill.ptq.baselines import METHODS, Baseline
-from raydistill.results.tables import SummaryRow, format_kl
+from raydistill.results.tables import COMPARISON, SummaryRow, format_kl
 from raydistill.study.arms import devices_of
 from raydistill.study.decision import (
     Line,
@@ -239,8 +239,8 @@ def _record(
     """The table, its plots and the summary as an entry of their own in the results store, beside the arms' runs."""
     from raydistill.results.recorded import recorded
 
-    with recorded(inputs.output / "runs" / f"{inputs.name}-comparison", inputs.config, console) as record:
-        record.table("comparison", [line.to_json() for line in lines], decision_markdown(lines, reference))
+    with recorded(inputs.output / "runs" / f"{inputs.name}-{COMPARISON}", inputs.config, console) as record:
+        record.table(COMPARISON, [line.to_json() for line in lines], decision_markdown(lines, reference))
         for name, path in files.items():
             record.artifact(name, path)
 

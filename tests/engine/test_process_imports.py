@@ -17,3 +17,8 @@ def test_a_process_that_loads_models_does_without_them() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.split() == ["False"] * 5 + ["True"]
+
+
+def test_the_files_of_an_export_can_be_the_first_that_is_imported() -> None:
+    """As `raydistill serve` does: transformers was asked for scipy before scipy is hidden from it."""
+    subprocess.run([sys.executable, "-c", "import raydistill.quant.export_files"], capture_output=True, check=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from raydistill.cli import main_with_errors
@@ -111,7 +112,12 @@ def test_int4_exports_what_transformers_loads_alone(run: Run, tmp_path: Path, ca
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert '| chat template\'s variables | `{"enable_thinking": false}` |' in card
-    for said in ("| KL to the teacher (nats/token) | 0.1 |", "50.0 ± 1.0 %", "`f00d`", run.hashes[2], "step 2 of 4"):
+    numbers = (
+        "| teacher | 0 | - |",
+        "| 0.5 | 50.0 ± 1.0 % |",
+        "| **this student (step 2)** | 0.1 | 50.0 ± 1.0 % |",
+    )
+    for said in (*numbers, "plain rounding to int4-g32-asym", "`f00d`", run.hashes[2], "step 2 of 4"):
         assert said in card
     for path in out.rglob("*"):  # but for the file that stays here, nothing knows this machine
         if path.is_file() and path.suffix != ".safetensors" and path.name != SOURCE_FILE:
@@ -212,7 +218,7 @@ def test_the_folder_is_uploaded_to_a_private_repository(run: Run, tmp_path: Path
 
 def test_an_upload_that_fails_leaves_the_folder(run: Run, tmp_path: Path) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no route to the hub")
+        raise HTTPError("no route to the hub")
 
     with pytest.raises(RuntimeError, match="is written, but --push-to-hub me/student failed: no route"):
         export_run(

@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,3 +33,13 @@ def test_what_is_loaded_stays_and_an_error_inside_leaves_nothing_hidden(unused: 
         importlib.import_module(unused)
     assert sys.modules["json"] is not None
     assert unused not in sys.modules
+
+
+def test_what_transformers_was_told_before_does_not_hold_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "colorsys"  # of the standard library as well
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    told = SimpleNamespace(is_colorsys_available=cache(lambda: importlib.util.find_spec(name) is not None))
+    monkeypatch.setitem(sys.modules, "transformers.utils.import_utils", told)  # type: ignore[arg-type]
+    assert told.is_colorsys_available()
+    with without(name):
+        assert not told.is_colorsys_available()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raydistill.demo.answers import exact_match, final_number, last_number
+from raydistill.demo.answers import exact_match, final_number, flexible_match, last_number
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,22 @@ def test_exact_match_compares_values_and_an_unmarked_prediction_is_wrong() -> No
     assert not exact_match("so 1000", "#### 1000")
     assert not exact_match("#### 19", "#### 9")
     assert not exact_match("no", "no")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "is_right"),
+    [
+        ("so 1000", True),  # where exact_match says no
+        ("first 7, then $1,000.00 in all.", True),
+        ("1000, less 1", False),
+        ("#### 999, or 1000", False),  # what is marked counts
+        ("no number", False),
+    ],
+)
+def test_flexible_match_takes_the_last_number_of_an_unmarked_prediction(prediction: str, is_right: bool) -> None:
+    assert flexible_match(prediction, "600 + 400 = 1000\n#### 1000") == is_right
+    assert not exact_match(prediction, "#### 1000")
+
+
+def test_flexible_match_needs_a_marked_reference() -> None:
+    assert not flexible_match("1000", "it is 1000")

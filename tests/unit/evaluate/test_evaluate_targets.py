@@ -24,6 +24,8 @@ from raydistill.quant.formats import WeightFormat
 from raydistill.quant.layouts import write_layout
 from raydistill.quant.student import LoraSettings, load_adapter_state, prepare_student
 from raydistill.recovery.checkpoint import load_checkpoint
+from raydistill.results.record import RunRecord
+from raydistill.results.tables import COMPARISON
 
 from .conftest import make_model
 
@@ -159,15 +161,21 @@ def test_what_is_no_model_is_one_line_that_says_what_to_give(run, world, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     empty = write_run(tmp_path / "runs" / "empty", world.teacher, world.rows, versions=())
+    compared = tmp_path / "runs" / "20260101-000000-evaluate"
+    with RunRecord(compared) as record:
+        record.start(name="compared", config={}, provenance={}, seed=0)
+        record.table(COMPARISON, [])
     cases = {
         "org/no-such-model does not exist here, and is no model of the hub": ["org/no-such-model"],
         "runs/emtpy does not exist; did you mean": ["runs/emtpy"],
         "--every-checkpoint follows one run": [str(run), str(empty)],
         "has kept no checkpoint": [str(empty)],
+        "has no export/ folder, so it did not finish; finish it first, or measure": [str(empty)],
+        "is the record of a comparison and holds no model; `raydistill results show": [str(compared)],
     }
     for message, texts in cases.items():
         with pytest.raises((ModelError, UserError)) as error:
-            find_targets(texts, every_checkpoint="checkpoint" in message)
+            find_targets(texts, every_checkpoint=message.startswith(("--every-checkpoint", "has kept")))
         assert message in str(error.value) and "\n" not in str(error.value)
     gone = write_run(tmp_path / "runs" / "gone", world.teacher, world.rows, versions=(1,))
     record = (gone / "record.jsonl").read_text()

@@ -18,6 +18,7 @@ from raydistill.quant.formats import ENGINE_GROUPS, WeightFormat, check_layout, 
 from raydistill.quant.grid import dequantize, quantize
 from raydistill.quant.hashing import hash_codes
 from raydistill.quant.layouts import write_layout
+from raydistill.quant.student import adapter_state, base_weight, load_adapter_state, student_form
 
 
 def int4(group_size: int | None = 32, symmetric: bool = True, scale_dtype: str = "float16") -> WeightFormat:
@@ -117,6 +118,24 @@ def test_a_served_adapter_merges_into_plain_weights_only(tiny, tmp_path) -> None
     with pytest.raises(QuantError, match=r"--as dequantized, or train with adapter\.mode=merged"):
         write_layout(packed, tmp_path / "other", "packed", merge_adapter=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_merging_into_a_bfloat16_student_rounds_nothing_of_the_adapter_away(tiny, tmp_path) -> None:
+    student, packed = packed_export(tiny, tmp_path, "served", int4(), dtype=torch.bfloat16)
+    state = {key: 0.01 * value for key, value in adapter_state(student).items()}  # as small as training leaves it
+    load_adapter_state(student, state)
+    export_live(packed, student, tmp_path / "base", {})
+    manifest = write_layout(packed, tmp_path / "out", "dequantized", merge_adapter=True)
+    assert (manifest["dtype"], manifest["lora"]) == ("float32", None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    beside, alone = load_exported(packed), AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for name in student_form(student).targets:
+        base = base_weight(beside, name)
+        assert base.dtype == torch.bfloat16, "the adapter was trained over weights rounded to it"
+        delta = tiny.lora.scaling * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
+        merged = alone.get_submodule(name).weight
+        assert merged.dtype == torch.float32
+        torch.testing.assert_close(merged - base.float(), delta, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "dequantized"])

@@ -15,8 +15,7 @@ from raydistill.evaluate.paired import PairedDifference
 from raydistill.report import run_page
 from raydistill.report.listing import results_command
 from raydistill.report.page import Picture, cell, plain, table_of
-from raydistill.report.run_page import comparison_of
-from raydistill.report.run_view import RunView, view_of
+from raydistill.report.run_view import RunView, comparison_of, view_of
 from raydistill.report.summary import ending, format_seconds, sentences, what_was_done
 from raydistill.results.record import RunRecord, read_record
 from raydistill.results.tables import with_error

@@ -3,10 +3,12 @@
 import socket
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from raydistill.config import ResultsSection
 from raydistill.errors import UserError
 from raydistill.preflight.findings import results_findings
+from raydistill.results import query
 from raydistill.results.reachable import check_uri, silence_of
 
 
@@ -32,6 +34,37 @@ def test_what_cannot_be_a_store_is_refused_without_its_password(uri: str, reason
         check_uri(uri)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+def test_a_store_that_is_down_is_one_short_line(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"{scheme}://me:secret@127.0.0.1:{free.getsockname()[1]}/results"
+
+    def ask(*_: object) -> None:
+        """As MLflow does: the cause within what two libraries say around it."""
+        try:
+            raise ConnectionRefusedError(111, "Connection refused")
+        except OSError as error:
+            raise MlflowException("API request failed with exception " + 20 * "Max retries exceeded " + uri) from error
+
+    monkeypatch.setattr(query, "open_client", ask)
+    with pytest.raises(
+        UserError, match=r"does not answer \((127\.0\.0\.1:\d+: )?Connection refused\); start it"
+    ) as caught:
+        query.list_runs(uri)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_library_says_at_length_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object) -> None:
+        raise MlflowException("Unsupported URI. " + 50 * "See the documentation. ")
+
+    monkeypatch.setattr(query, "open_client", ask)
+    with pytest.raises(UserError, match=r"\(Unsupported URI\. See .* \.\.\.\); start it") as caught:
+        query.list_runs("http://127.0.0.1:1")
+    assert len(str(caught.value)) < 300
 
 
 def test_a_door_is_knocked_at() -> None:
