@@ -55,6 +55,7 @@ def sweep_command(argv: Sequence[str]) -> int:
     sweep = load_sweep(switches.file, settings, **changes)
     if sweep.note:
         say(console, f"note: {sweep.note}")
+    _tell_of_kept_answers(sweep)
     if switches.dry_run:
         _show_plan(sweep)
         return 0
@@ -92,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the trials and start nothing")
     parser.add_argument("--json", action="store_true", help="print the trials as JSON on stdout")
     return parser
+
+
+def _tell_of_kept_answers(sweep: Sweep) -> None:
+    from raydistill.preflight.kept import kept_answers_note
+    from raydistill.sweep.parallel import configs_of
+
+    note = kept_answers_note(configs_of(sweep))
+    if note is not None:
+        say(console, f"warning: {note}", style="yellow")
 
 
 def _show_plan(sweep: Sweep) -> None:
