@@ -16,10 +16,10 @@ from raydistill.sweep.state import STATE_FILE
 
 SUMMARY = """\
 Run a sweep: a base config, the fields that vary, and how their values are chosen, as a TOML file says. All trials run on
-one Ray cluster and share teachers (each row of the data set is answered once), data and, for one base and format, the
-rollout engines. The same command goes on after Ctrl-C or a kill: finished trials are kept, a running one goes on from its
-checkpoint. A trial that fails is reported and ends nothing. A config on the command line (@mine.toml) replaces the base
-that the file names."""
+one Ray cluster and share teachers (each row of the data set is answered once, as far as cache_gib holds the answers), data
+and, for one base, format and adapter, the rollout engines. The same command goes on after Ctrl-C or a kill: finished trials
+are kept, a running one goes on from its checkpoint. A trial that fails is reported and ends nothing. A config on the command
+line (@mine.toml) replaces the base that the file names."""
 EXAMPLES = """\
 examples:
   python tune/sweep.py tune/lr_offpolicy.toml
