@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from raydistill.results.record_lines import RECORD_FILE
-from raydistill.sweep.recorder import reason_of
+from raydistill.sweep import recorder as module
+from raydistill.sweep.recorder import SweepRecorder, reason_of
+from raydistill.sweep.spec import load_sweep
 
 
 def test_the_reason_of_a_failure_is_this_tries_own(tmp_path: Path) -> None:
@@ -18,3 +22,17 @@ def test_the_reason_of_a_failure_is_this_tries_own(tmp_path: Path) -> None:
         reason_of(tmp_path, trial, since=110.0) == "ResourceError: no teacher answers"
     )  # its record was not opened again
     assert reason_of(tmp_path / "none", trial, since=0.0) == "ResourceError: no teacher answers"
+
+
+def test_a_trial_that_finds_no_place_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lr.toml"
+    file.write_text('[space]\n"trainer.learning_rate" = [1e-3]')
+    recorder = SweepRecorder(load_sweep(file, ["--run.output", str(tmp_path)]))
+    recorder.on_step_begin(0, [])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "PLACE_S", 0.0)
+    for step in (1, 2):
+        recorder.on_step_begin(step, [])
+    assert capsys.readouterr().err.count("no trial's process has found a place") == 1
