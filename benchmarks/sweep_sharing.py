@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def one_sweep(options: argparse.Namespace, output: Path, rates: Sequence[float])
     """One command for all."""
     file = output / "lr.toml"
     lines = ['base = ["@configs/demo.toml"]', "[settings]"]
+    if options.parallel > 1:  # Ray books half a core for each trial's trainer, however many cores there are
+        lines.append(f'"cluster.num_cpus" = {max(os.cpu_count() or 1, options.parallel + 2)}')
     lines += [f'"{field}" = {json.dumps(str(v) if isinstance(v, Path) else v)}' for field, v in
               settings(options, output / "sweep").items()]  # fmt: skip
     file.write_text("\n".join([*lines, "[space]", f'"trainer.learning_rate" = {json.dumps(list(rates))}']) + "\n")
