@@ -1,10 +1,12 @@
-"""Submit a training job to a cluster of two nodes on this machine, and look where its actors land and what its metrics say.
+"""Submit a job to a cluster of two nodes on this machine, and look where its actors land and what its metrics say.
 
-    python benchmarks/job.py [--steps 40] [--engine hf|vllm] [--working-dir .] [--output outputs/job] [--json]
+    python benchmarks/job.py [--what train|sweep] [--steps 40] [--engine hf|vllm] [--working-dir .] [--output outputs/job]
+        [--json]
 
 `ray start` twice, on free ports and with a token that the cluster asks for: a head with the resource `trainer`, a node with
 `rollout` and `teacher`. Then, as the README says, `ray job submit -- python -m raydistill.train @configs/demo.toml`, with a
-teacher that is hardly trained, cluster.by_role and an absolute run.output. While the job runs its actors are listed with
+teacher that is hardly trained, cluster.by_role and an absolute run.output; with --what sweep `python tune/sweep.py
+tune/lr_onpolicy.toml` with two trials, and the same settings. While the job runs its actors are listed with
 their nodes, and every metrics endpoint that Ray tells Prometheus of is scraped.
 
 Prints a row for each actor (the node type that `raydistill plan` names, and the one where it ran) and one for each other
@@ -61,6 +63,8 @@ SETTINGS: Mapping[str, object] = {
     "run.name": NAME,
     "cluster.by_role": "true",
 }
+SWEEP = ("tune/lr_onpolicy.toml", "--name", NAME, "--sampler", "random", "--num-samples", "2")
+OF_THE_SWEEP = {"objective.on_policy_fraction": 1.0, "objective.beta": 1.0}  # as its file says
 
 
 @dataclass(kw_only=True)
@@ -85,18 +89,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the job and compare."""
     options = parse(argv)
     output = options.output.absolute()
-    shutil.rmtree(output / "runs", ignore_errors=True)
+    for folder in ("runs", "sweeps"):
+        shutil.rmtree(output / folder, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     log = output / "job.log"
     log.unlink(missing_ok=True)
-    settings = {
-        **SETTINGS,
-        "run.output": output,
-        "rollout.engine": options.engine,
-        "trainer.num_steps": options.steps,
-    }
-    fields = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    entrypoint = ["python", "-m", "raydistill.train", "@configs/demo.toml", *fields]
+    settings, entrypoint = asked_for(options, output)
     start = time.monotonic()
     with two_nodes(output / "cluster.log") as cluster:
         console.print(f"two nodes after {time.monotonic() - start:.0f} s")
@@ -117,8 +115,25 @@ def main(argv: Sequence[str]) -> int:
     return 0 if all(line["as planned"] for line in rows) else 1
 
 
+def asked_for(options: argparse.Namespace, output: Path) -> tuple[dict[str, object], list[str]]:
+    """The settings that `plan` gets too, and the job's command."""
+    settings = {
+        **SETTINGS,
+        "run.output": output,
+        "rollout.engine": options.engine,
+        "trainer.num_steps": options.steps,
+    }
+    entrypoint = ["python", "-m", "raydistill.train", "@configs/demo.toml"]
+    if options.what == "sweep":
+        entrypoint = ["python", "tune/sweep.py", *SWEEP]
+        del settings["run.name"]
+    fields = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return settings | (OF_THE_SWEEP if options.what == "sweep" else {}), [*entrypoint, *fields]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=("train", "sweep"), default="train", help="the job (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--engine", choices=("vllm", "hf"), default="hf", help="rollout.engine (default: %(default)s)")
     parser.add_argument("--working-dir", type=Path, default=ROOT, help="what is uploaded (default: this checkout)")
@@ -212,7 +227,7 @@ def look(cluster: Cluster, seen: Seen) -> None:
     for target in (target for group in targets for target in group["targets"]):
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        seen.metrics |= set(re.findall(rf'^(ray_raydistill_\w+){{[^}}]*run="{NAME}"', text, re.M))
+        seen.metrics |= set(re.findall(rf'^(ray_raydistill_\w+){{[^}}]*run="{NAME}(?:-\d+)?"', text, re.M))
 
 
 # The cluster ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What the trials of a sweep share: the same runs once one by one, each a command of its own, and once as one sweep.
 
     python benchmarks/sweep_sharing.py [--trials 8] [--policy off|on] [--steps 100] [--engine vllm]
-        [--parallel 1] [--teacher-layers 12] [--output outputs/sharing]
+        [--parallel 1] [--adapter merged|served] [--teacher-layers 12] [--output outputs/sharing]
 
 On the embedded world, the same seeds; only the learning rate differs between trials. The separate runs follow one another;
 the sweep has --parallel trials at a time. CPU-seconds are those of all processes, Ray's own included. "work" is the time
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="what samples (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=1, help="trials at a time in the sweep (default: %(default)s)")
     parser.add_argument(
+        "--adapter",
+        choices=("merged", "served"),
+        default="merged",
+        help="adapter.mode; served: one engine holds those of --parallel trials (default: %(default)s)",
+    )
+    parser.add_argument(
         "--teacher-layers", type=int, metavar="N", help="of a deeper teacher (default: the student's own)"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/sharing"), help="folder of world, runs and tables")
@@ -86,6 +93,7 @@ def settings(options: argparse.Namespace, output: Path) -> dict[str, object]:
         "data.max_rows": options.rows,
         "objective.on_policy_fraction": policy,
         "objective.beta": policy,
+        "adapter.mode": options.adapter,
         "rollout.engine": options.engine,
         "sync.max_staleness": options.staleness,
         "trainer.num_steps": options.steps,
@@ -134,6 +142,8 @@ def one_sweep(options: argparse.Namespace, output: Path, rates: Sequence[float])
     """One command for all."""
     file = output / "lr.toml"
     lines = ['base = ["@configs/demo.toml"]', "[settings]"]
+    if options.parallel > 1:  # Ray books half a core for each trial's trainer, however many cores there are
+        lines.append(f'"cluster.num_cpus" = {max(os.cpu_count() or 1, options.parallel + 2)}')
     lines += [f'"{field}" = {json.dumps(str(v) if isinstance(v, Path) else v)}' for field, v in
               settings(options, output / "sweep").items()]  # fmt: skip
     file.write_text("\n".join([*lines, "[space]", f'"trainer.learning_rate" = {json.dumps(list(rates))}']) + "\n")

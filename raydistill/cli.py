@@ -42,8 +42,14 @@ _WAYS_OUT = {
 }
 PIPE_WIDTH = 200  # columns where no terminal limits them: wide enough that no cell of a table wraps and no bar is cut
 
-# Without it, the interpreter goes through all objects again as it ends: with torch and Ray loaded that takes seconds.
-atexit.register(gc.freeze)
+
+def _end_quickly() -> None:
+    """Keep the interpreter from going through all objects again as it ends: with torch and Ray loaded that takes seconds."""
+    if "triton" not in sys.modules:  # it would report each of its functions as a leak
+        gc.freeze()
+
+
+atexit.register(_end_quickly)
 
 
 def open_console(*, stderr: bool = False) -> Console:

@@ -19,7 +19,7 @@ from rich.console import Console
 from raydistill.progress import say
 
 BODY_S = 18.0  # for the checkpoint
-ALL_S = 23.0  # with all that ends behind it, but processes and Ray itself; Kubernetes, for one, kills 30 s after SIGTERM
+ALL_S = 23.0  # with all that ends behind it, but Ray itself; Kubernetes, for one, kills 30 s after SIGTERM
 LEAST_S = 0.5  # what is left for each thing that ends after the time is up
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

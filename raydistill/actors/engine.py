@@ -13,7 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
+from raydistill.config import AdapterSection, QuantSection, RolloutSection, StudentSection
 from raydistill.messages import FinishReason, StudentWeights, TokenRows
+
+ENGINE_FIELDS = ("engine", "num_gpus", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib")
+"""Of the rollout section; the others are of a call, or of the pool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,15 @@ class SamplingSettings:
     top_p: float
     min_new_tokens: int
     max_new_tokens: int
+
+
+def engine_needs(
+    student: StudentSection, quant: QuantSection, adapter: AdapterSection, rollout: RolloutSection
+) -> tuple[object, ...]:
+    """What runs must have in common to share an engine, as far as a config says. How long a sequence may be is no part of
+    it: an engine can be built anew, longer, for all of them."""
+    without_dropout = adapter.model_copy(update={"dropout": 0.0})  # which only the trainer has
+    return student, quant, without_dropout, tuple(getattr(rollout, name) for name in ENGINE_FIELDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from raydistill.actors.engine import Engine, SamplingSettings
+from raydistill.actors.engine import Engine, SamplingSettings, engine_needs
 from raydistill.config import RolloutSection
 from raydistill.errors import StaleWeightsError
 from raydistill.health import completion_metrics
@@ -44,8 +44,14 @@ class EngineSpec:
 
     @property
     def builds(self) -> tuple[object, ...]:
-        """All that an engine is built from; probes may change without a new one."""
-        return self.student, self.rollout, self.max_model_len, self.eos_ids, self.sampled_ids, self.num_adapters
+        """What runs must have in common to share an engine, which has to be as long as the longest of them needs."""
+        needs = engine_needs(self.student.student, self.student.quant, self.student.adapter, self.rollout)
+        return *needs, self.eos_ids, self.sampled_ids, self.num_adapters
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence that the engine must have been built for."""
+        return self.max_model_len if self.rollout.engine == "vllm" else 0
 
 
 @dataclass(kw_only=True)
@@ -69,7 +75,8 @@ class RolloutActor:
     def __init__(self, name: str, engine: str) -> None:
         self._name, self._kind = name, engine
         self._engine: Engine | None = None
-        self._builds: tuple[object, ...] | None = None  # what the engine was built from
+        self._builds: tuple[object, ...] | None = None  # what the engine was built from, and how long
+        self._length = 0
         self._runs: dict[str, _Run] = {}
 
     def prepare(self) -> int:
@@ -79,18 +86,31 @@ class RolloutActor:
         return os.getpid()
 
     def start(self, run: str, spec: EngineSpec, engine: Engine | None = None) -> str:
-        """Build a run's engine (tests hand one in) and name the class that really runs. An equal one is kept."""
+        """Build a run's engine (tests hand one in) and name the class that really runs. One that serves it is kept."""
+        others = [name for name, one in self._runs.items() if name != run and one.spec.builds != spec.builds]
+        assert not others, f"{self._name} serves {', '.join(others)}, whose engine is not that of {run}"
         self._runs[run] = _Run(spec=spec)
         if engine is not None:
-            self._engine = engine
-        elif self._engine is None or self._builds != spec.builds:
-            assert len(self._runs) == 1, f"{self._name} serves {', '.join(self._runs)}: their engines differ"
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
-            self._engine = _build(spec)
-        self._builds = spec.builds
+            self._engine, self._builds, self._length = engine, spec.builds, spec.length
+        elif self._engine is None or self._builds != spec.builds or self._length < spec.length:
+            try:
+                self._build_anew(spec)
+            except Exception:
+                del self._runs[run]
+                if self._runs:  # runs that had an engine keep one
+                    self._build_anew(next(iter(self._runs.values())).spec)
+                raise
+        assert self._engine is not None
         return self._engine.name
+
+    def _build_anew(self, spec: EngineSpec) -> None:
+        """An engine as long as the longest run needs; each run's weights are loaded when its turn comes."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        longest = max((one.spec for one in self._runs.values()), key=lambda one: one.max_model_len)
+        self._engine = _build(replace(spec, max_model_len=longest.max_model_len))
+        self._builds, self._length = spec.builds, longest.length
 
     def end(self, run: str) -> None:
         """Forget a run; its engine stays for the next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -15,7 +15,8 @@ ROLE_SHARE = 0.001
 """Of a node's role resource (`rollout`, `teacher`, `trainer`) for one actor: it says where, the CPUs and GPUs how many."""
 NODE_RESOURCES = {"trainer": "trainer", "rollout": "rollout", "teacher": "teacher", "evaluation": "teacher"}
 """Which nodes a role's actors go to with cluster.by_role; held-out rows are scored where the teachers are."""
-KINDS: tuple[tuple[Literal["GPU", "CPU"], str], ...] = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
+Kind = Literal["GPU", "CPU"]
+KINDS: tuple[tuple[Kind, str], ...] = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
 SLACK = 1e-6  # of sums of fractions
 START_ORDER = ("rollout", "teacher", "evaluation", "trainer")  # `make_pools`, then the trainer group
 
@@ -29,7 +30,7 @@ class Demand:
     num_cpus: float
     num_gpus: float
 
-    def each(self, kind: Literal["GPU", "CPU"]) -> float:
+    def each(self, kind: Kind) -> float:
         """Of one actor."""
         return self.num_gpus if kind == "GPU" else self.num_cpus
 
@@ -94,76 +95,137 @@ def _booked(gpu: Sequence[Demand]) -> float:
     return sum(min(demand.num_gpus, 1.0) for demand in gpu)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """What a cluster lacks, and what to do about it."""
+
+    text: str
+    ways_out: str
+
+
 def check_placement(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
-    """ResourceError if the plan needs more than the nodes have, as `node_resources` gives them: all of them together, one
-    node for the largest actor, and with cluster.by_role the nodes of each role, and of roles that share nodes together."""
-    plan = placement_plan(config)
-    if config.cluster.by_role:
-        _check_roles_exist(plan, nodes)
-    for kind, field in KINDS:
-        needed, there = _needed(plan, kind), sum(node.get(kind, 0.0) for node in nodes)
-        if needed > there + SLACK:
-            raise ResourceError(
-                f"the run needs {needed:g} {kind}s ({_parts(plan, kind)}) but the cluster has {there:g}; lower "
-                f"<role>.{field} or <role>.num_actors (trainer.num_workers), or add nodes"
-            )
-        for demand in plan:
-            _check_largest_node(demand, kind, _nodes_for(config, {NODE_RESOURCES[demand.role]}, nodes), config)
-    if config.cluster.by_role:
-        _check_room_of_roles(config, plan, nodes)
+    """ResourceError if the plan needs more than the nodes have, as `node_resources` gives them; see `shortage`."""
+    found = shortage(placement_plan(config), nodes, config.cluster.by_role)
+    if found is not None:
+        raise ResourceError(f"{found.text}; {found.ways_out}")
 
 
-def _check_roles_exist(plan: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> None:
+def shortage(
+    plan: Sequence[Demand], nodes: Sequence[Mapping[str, float]], by_role: bool, who: str = "the run needs"
+) -> Shortage | None:
+    """What a plan needs more than the nodes have: all of them together, one node for the largest actor, places for actors
+    on whole nodes, and with by_role the nodes of each role, and of roles that share nodes together. A plan that passes may
+    still find no place where actors of several sizes leave gaps."""
+    checks = [_missing_roles(plan, nodes)] if by_role else []
+    for kind, _ in KINDS:
+        checks.append(_too_few_in_all(who, plan, kind, nodes))
+        checks += [_too_large(demand, kind, nodes, by_role) for demand in plan]
+    checks += _too_few_of_roles(plan, nodes) if by_role else []
+    checks += [_too_few_places(demand, plan, nodes, by_role) for demand in plan]
+    return next((found for found in checks if found is not None), None)
+
+
+def _missing_roles(plan: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> Shortage | None:
     for resource in dict.fromkeys(NODE_RESOURCES[demand.role] for demand in plan):
         if not any(resource in node for node in nodes):
-            raise ResourceError(
-                f"cluster.by_role=true asks for nodes with the resource {resource!r}, and the cluster has none; start one "
-                f"with `ray start --address=... --resources='{{\"{resource}\": 1}}'`, or leave cluster.by_role out"
+            return Shortage(
+                text=f"cluster.by_role=true asks for nodes with the resource {resource!r}, and the cluster has none",
+                ways_out=f"start one with `ray start --address=... --resources='{{\"{resource}\": 1}}'`, or leave "
+                "cluster.by_role out",
             )
+    return None
 
 
-def _check_largest_node(
-    demand: Demand, kind: Literal["GPU", "CPU"], nodes: Sequence[Mapping[str, float]], config: Config
-) -> None:
-    each, most = demand.each(kind), max((node.get(kind, 0.0) for node in nodes), default=0.0)
-    if each > most + SLACK:
-        which = f"node with the resource {NODE_RESOURCES[demand.role]!r}" if config.cluster.by_role else "node"
-        raise ResourceError(
-            f"one {demand.role} actor needs {each:g} {kind}s on one node, but the largest {which} has {most:g}; "
-            f"lower {demand.role}.{dict(KINDS)[kind]}, or add a larger node"
-        )
+def _too_few_in_all(
+    who: str, plan: Sequence[Demand], kind: Kind, nodes: Sequence[Mapping[str, float]]
+) -> Shortage | None:
+    needed, there = _needed(plan, kind), sum(node.get(kind, 0.0) for node in nodes)
+    if needed <= there + SLACK:
+        return None
+    return Shortage(
+        text=f"{who} {needed:g} {kind}s ({_parts(plan, kind)}) but the cluster has {there:g}",
+        ways_out=f"lower <role>.{dict(KINDS)[kind]} or <role>.num_actors (trainer.num_workers), or add nodes",
+    )
 
 
-def _check_room_of_roles(config: Config, plan: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> None:
+def _too_large(demand: Demand, kind: Kind, nodes: Sequence[Mapping[str, float]], by_role: bool) -> Shortage | None:
+    here = _nodes_for(by_role, {NODE_RESOURCES[demand.role]}, nodes)
+    each, most = demand.each(kind), max((node.get(kind, 0.0) for node in here), default=0.0)
+    if each <= most + SLACK:
+        return None
+    return Shortage(
+        text=f"one {demand.role} actor needs {each:g} {kind}s on one node, but the largest {_kind_of_node(demand, by_role)} "
+        f"has {most:g}",
+        ways_out=f"lower {demand.role}.{dict(KINDS)[kind]}, or add a larger node",
+    )
+
+
+def _too_few_places(
+    demand: Demand, plan: Sequence[Demand], nodes: Sequence[Mapping[str, float]], by_role: bool
+) -> Shortage | None:
+    """An actor lies on one node: what is left over on several holds none. Counts all actors that are as large as one."""
+    booked = [(kind, demand.each(kind)) for kind, _ in KINDS if demand.each(kind) > 0]
+    if not booked:
+        return None
+    resource = NODE_RESOURCES[demand.role]
+    alike = [
+        one
+        for one in plan
+        if (not by_role or NODE_RESOURCES[one.role] == resource)
+        and all(one.each(kind) >= each - SLACK for kind, each in booked)
+    ]
+    here = _nodes_for(by_role, {resource}, nodes)
+    places = sum(min(int((node.get(kind, 0.0) + SLACK) / each) for kind, each in booked) for node in here)
+    wanted = sum(one.count for one in alike)
+    if wanted <= places:
+        return None
+    size = " and ".join(f"{each:g} {kind}s" for kind, each in booked)
+    names = ", ".join(f"{one.role} {one.count}" for one in alike)
+    return Shortage(
+        text=f"{wanted} actors need {size} or more on one node ({names}), and each {_kind_of_node(demand, by_role)} filled by "
+        f"itself, there is room for {places}",
+        ways_out=_ways_to_lower(alike, booked[0][0]) + ", or add a node",
+    )
+
+
+def _too_few_of_roles(plan: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> Iterator[Shortage]:
     """A node may carry several roles, so any of them together must fit the nodes that take at least one of them."""
     resources = list(dict.fromkeys(NODE_RESOURCES[demand.role] for demand in plan))
     for size in range(1, len(resources) + 1):
         for chosen in combinations(resources, size):
             mine = [demand for demand in plan if NODE_RESOURCES[demand.role] in chosen]
-            here = _nodes_for(config, set(chosen), nodes)
-            for kind, field in KINDS:
+            here = _nodes_for(True, set(chosen), nodes)
+            for kind, _ in KINDS:
                 needed, there = _needed(mine, kind), sum(node.get(kind, 0.0) for node in here)
                 if needed > there + SLACK:
                     names = " or ".join(repr(name) for name in chosen)
-                    counts = [demand.count_field for demand in mine if demand.count_field and demand.each(kind)]
-                    ways = " or ".join([f"{mine[0].role}.{field}", *counts])
-                    raise ResourceError(
-                        f"cluster.by_role=true: {_parts(mine, kind)} need {needed:g} {kind}s on nodes with the resource "
-                        f"{names}, and those have {there:g}; lower {ways}, or add such a node"
+                    yield Shortage(
+                        text=f"cluster.by_role=true: {_parts(mine, kind)} need {needed:g} {kind}s on nodes with the resource "
+                        f"{names}, and those have {there:g}",
+                        ways_out=f"{_ways_to_lower(mine, kind)}, or add such a node",
                     )
 
 
+def _ways_to_lower(plan: Sequence[Demand], kind: Kind) -> str:
+    counts = [demand.count_field for demand in plan if demand.count_field and demand.each(kind)]
+    return f"lower {' or '.join(dict.fromkeys([f'{plan[0].role}.{dict(KINDS)[kind]}', *counts]))}"
+
+
+def _kind_of_node(demand: Demand, by_role: bool) -> str:
+    return f"node with the resource {NODE_RESOURCES[demand.role]!r}" if by_role else "node"
+
+
 def _nodes_for(
-    config: Config, resources: set[str], nodes: Sequence[Mapping[str, float]]
+    by_role: bool, resources: set[str], nodes: Sequence[Mapping[str, float]]
 ) -> Sequence[Mapping[str, float]]:
-    return [node for node in nodes if resources & node.keys()] if config.cluster.by_role else nodes
+    return [node for node in nodes if resources & node.keys()] if by_role else nodes
 
 
-def _needed(plan: Sequence[Demand], kind: Literal["GPU", "CPU"]) -> float:
+def _needed(plan: Sequence[Demand], kind: Kind) -> float:
     return sum(demand.count * demand.each(kind) for demand in plan)
 
 
-def _parts(plan: Sequence[Demand], kind: Literal["GPU", "CPU"]) -> str:
+def _parts(plan: Sequence[Demand], kind: Kind) -> str:
     return ", ".join(f"{d.role} {d.count} x {d.each(kind):g}" for d in plan if d.each(kind))
 
 

@@ -29,6 +29,7 @@ from raydistill.preflight.estimates import (
     step_seconds,
     wire_bytes,
 )
+from raydistill.preflight.kept import kept_answers_note
 from raydistill.preflight.placement import NODE_RESOURCES, Demand, gpu_plan, placement_plan
 from raydistill.preflight.planned import planned_models, with_world_model
 from raydistill.preflight.sizes import longest, memory, model_size, student_size
@@ -136,6 +137,7 @@ def make_plan(
         "teacher": asdict(teacher) if teacher is not None else None,
         "notes": [
             *_notes(config, prompt_tokens, completion_tokens or speeds.completion),
+            *([kept] if (kept := kept_answers_note([config], completion_tokens or speeds.completion)) else []),
             *speeds.notes,
             *([sizes.note] if sizes.note else []),
         ],

@@ -16,10 +16,10 @@ from raydistill.sweep.state import STATE_FILE
 
 SUMMARY = """\
 Run a sweep: a base config, the fields that vary, and how their values are chosen, as a TOML file says. All trials run on
-one Ray cluster and share teachers (each row of the data set is answered once), data and, for one base and format, the
-rollout engines. The same command goes on after Ctrl-C or a kill: finished trials are kept, a running one goes on from its
-checkpoint. A trial that fails is reported and ends nothing. A config on the command line (@mine.toml) replaces the base
-that the file names."""
+one Ray cluster and share teachers (each row of the data set is answered once, as far as cache_gib holds the answers), data
+and, for one base, format and adapter, the rollout engines. The same command goes on after Ctrl-C or a kill: finished trials
+are kept, a running one goes on from its checkpoint. A trial that fails is reported and ends nothing. A config on the command
+line (@mine.toml) replaces the base that the file names."""
 EXAMPLES = """\
 examples:
   python tune/sweep.py tune/lr_offpolicy.toml
@@ -55,6 +55,7 @@ def sweep_command(argv: Sequence[str]) -> int:
     sweep = load_sweep(switches.file, settings, **changes)
     if sweep.note:
         say(console, f"note: {sweep.note}")
+    _tell_of_kept_answers(sweep)
     if switches.dry_run:
         _show_plan(sweep)
         return 0
@@ -92,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the trials and start nothing")
     parser.add_argument("--json", action="store_true", help="print the trials as JSON on stdout")
     return parser
+
+
+def _tell_of_kept_answers(sweep: Sweep) -> None:
+    from raydistill.preflight.kept import kept_answers_note
+    from raydistill.sweep.parallel import configs_of
+
+    note = kept_answers_note(configs_of(sweep))
+    if note is not None:
+        say(console, f"warning: {note}", style="yellow")
 
 
 def _show_plan(sweep: Sweep) -> None:

@@ -20,6 +20,8 @@ from raydistill.sweep.state import OVER, SHARES, SweepState, Trial
 from raydistill.sweep.stored import mirror_of
 from raydistill.sweep.tuner import SUMMARY, VERSION, point_of, run_of
 
+PLACE_S = 30.0  # for the first trial's process, which takes seconds; Ray waits for ever for a place that will never be
+
 
 class SweepRecorder(Callback):
     """Writes `sweep.json` after every event. Tune keeps this callback with its own state: on the way it is rebuilt from the
@@ -34,6 +36,8 @@ class SweepRecorder(Callback):
         self._mirror = mirror_of(self._sweep)
         self._console = Console(stderr=True)
         self._started: dict[str, float] = {}  # run -> when it began this time
+        self._waits_since: float | None = None  # for the first trial to begin
+        self._has_warned = False
 
     def __getstate__(self) -> Any:
         """Tune writes it to the disk: without the address of the results store, which may hold a password."""
@@ -43,6 +47,14 @@ class SweepRecorder(Callback):
     def __setstate__(self, sweep: Any) -> None:
         self._sweep = sweep
         self._open()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        self._waits_since = self._waits_since or time.monotonic()
+        if self._started or self._has_warned or time.monotonic() - self._waits_since < PLACE_S:
+            return
+        self._has_warned = True
+        text = f"no trial's process has found a place beside the sweep's own for {PLACE_S:g} s"
+        say(self._console, f"warning: {text}; `ray status` says what is asked for", style="yellow")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         run = self._run(trial)

@@ -90,7 +90,7 @@ def _check_room(sweep: Sweep) -> None:
     nodes, configs = node_resources(ray.nodes()), configs_of(sweep)
     for config in configs:
         check_placement(config, nodes)
-    check_parallel(configs, min(sweep.file.parallel, sweep.num_trials), ray.cluster_resources())
+    check_parallel(configs, min(sweep.file.parallel, sweep.num_trials), nodes)
 
 
 def _run(sweep: Sweep, retry_failed: bool) -> SweepResult:

@@ -1,7 +1,7 @@
 """Pools that the trials of a sweep share: who holds what a run needs, as long as any run needs it.
 
 Teachers answer any trial (and keep their answers to rows of the data set); one evaluation actor serves all; trials whose
-student has the same base and format share rollout engines, where each trial has weights of its own. A pool that nobody
+student has the same base, format and adapter share rollout engines, where each trial has weights of its own. A pool that nobody
 uses is armed anew for a trial that needs another engine: its actors and what they imported stay.
 """
 
@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raydistill.actors.engine import engine_needs
 from raydistill.config import Config
 from raydistill.roles import Pools
-
-SAMPLING_FIELDS = ("temperature", "top_p", "min_new_tokens", "timeout_s")  # of a call, not of an engine
 
 
 @dataclass(kw_only=True)
@@ -80,19 +79,13 @@ def pool_needs(config: Config) -> dict[str, tuple[object, object]]:
     something else to hold; its actors stay what they were started as."""
     needs: dict[str, tuple[object, object]] = {}
     if config.needs_rollout_pool:
-        needs["rollouts"] = (_engine_of(config), _actors_of(config.rollout))
+        engine = engine_needs(config.student, config.quant, config.adapter, config.rollout)
+        needs["rollouts"] = (engine, _actors_of(config.rollout))
     if config.needs_teacher:
         needs["teachers"] = (config.teacher, _actors_of(config.teacher))
     needs["evaluator"] = ("any student", config.evaluation.num_gpus)
     needs["trainers"] = ("any job", None)
     return needs
-
-
-def _engine_of(config: Config) -> object:
-    """What an engine is built from, as far as a config says."""
-    rollout = config.rollout.model_dump(exclude=set(SAMPLING_FIELDS))
-    lengths = (config.data, config.evaluation.max_new_tokens)
-    return (config.student, config.quant, config.adapter, tuple(sorted(rollout.items())), lengths)
 
 
 def _actors_of(section: Any) -> object:

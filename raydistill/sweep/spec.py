@@ -41,18 +41,16 @@ from raydistill.sweep.space import (
 
 DEFAULT_METRIC = "evaluate/kl_nats"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-NOT_SWEPT = (
-    "run.name",
-    "run.output",
-    "run.storage",
-    "run.resume",
-    "run.verbose",
-    "results.uri",
-    "results.experiment",
-    "results.deliver",
-    "cluster.address",
-)
+NOT_SWEPT = ("run.name", "run.output", "run.storage", "run.resume", "run.verbose")
 """Fields that are the sweep's own, or that make no sense for one trial alone."""
+NOT_SWEPT_SECTIONS = {
+    "results": "all trials are recorded in one place",
+    "cluster": "all trials run on one cluster",
+    "world": "a world is made once, for all trials: run a sweep of its own, with --name, for each",
+    "study": "no trial reads it; sweep what an arm sets (objective.on_policy_fraction, objective.beta), or use `raydistill "
+    "compare`",
+}
+"""Sections whose fields would make no difference between trials, and what to do about it."""
 
 
 class AshaSection(BaseModel):
@@ -157,7 +155,7 @@ def load_sweep(path: Path, arguments: Sequence[str] = (), **changes: Any) -> Swe
     problems = [
         unknown_field(f"{path}: {part}", name) for part, names in parts for name in names if _field_of(name) is None
     ]
-    problems += [f"{path}: space: {name} is the sweep's own; leave it out" for name in alone if name in NOT_SWEPT]
+    problems += [f"{path}: space: {name} {reason}" for name in alone if (reason := _not_swept(name)) is not None]
     problems += [f"{path}: {name} stands in both settings and space" for name in alone if name in file.settings]
     if file.seeds and "run.seed" in alone:
         problems.append(f"{path}: run.seed stands in space, and seeds are given; keep one of them")
@@ -186,6 +184,14 @@ def load_sweep(path: Path, arguments: Sequence[str] = (), **changes: Any) -> Swe
     )
     _check_points(path, sweep)
     return sweep
+
+
+def _not_swept(name: str) -> str | None:
+    """Why a field cannot differ between trials; None if it can."""
+    reason = NOT_SWEPT_SECTIONS.get(name.partition(".")[0])
+    if reason is not None:
+        return f"cannot differ between trials: {reason}. One value for all stands in [settings] or on the command line"
+    return "is the sweep's own; leave it out" if name in NOT_SWEPT else None
 
 
 def override(values: Mapping[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ QUIET = {  # the sweep's own lines, state and page say it
 MAX_HOST_DEATHS = 5  # met by one trial; a host that dies oftener has a cause that starting it again does not cure
 HOST_PAUSE_S = 2.0
 LATE_S = 30.0  # for the last reports of a run that is over
-THIN = 0.001  # of a resource, for a trial's own process, which only waits; Tune wants more than nothing
+THIN = 0.001  # of a node's own resource, for a trial's process, which only waits; Tune wants more than nothing
 
 
 def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool = False) -> None:
@@ -67,8 +67,8 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
 
 def _tune(sweep: Sweep, host: Any, callback: Callback, space: Mapping[str, Any], config: TuneConfig) -> None:
     shutil.rmtree(sweep.folder / TUNE_FOLDER, ignore_errors=True)
-    # Where the sweep's own process is: whatever other node is lost takes no trial along.
-    here = {"cpu": THIN, f"node:{ray.util.get_node_ip_address()}": THIN}
+    # Where the sweep's own process is: whatever other node is lost takes no trial along. No CPU: a cluster's head has none.
+    here = {f"node:{ray.util.get_node_ip_address()}": THIN}
     config.metric, config.mode, config.scheduler = sweep.file.metric, sweep.mode, _scheduler(sweep)
     config.max_concurrent_trials = sweep.file.parallel
     config.reuse_actors = True  # a trial's process is thin, and starting it costs more than what it does

@@ -33,8 +33,27 @@ OBJECT_STORE_BYTES = 100_000_000  # of each node; Ray wants at least 75 MiB
 
 DRIVER = """
 import json, sys, ray
-address, roles = sys.argv[1], sys.argv[2:]
+from pathlib import Path
+from raydistill.sweep.recorder import SweepRecorder
+from raydistill.sweep.spec import load_sweep
+from raydistill.sweep.state import SweepState
+from raydistill.sweep.tuner import run_trials
+address, file, roles = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+
+@ray.remote(num_cpus=0)
+class Host:  # of the sweep: its run is over at once
+    def run(self, name, point):
+        rows = {"life": "a", "teacher_rows": {}, "pools": {}, "datasets": 0, "cpu_s": 0.0, "time_s": 0.0}
+        return {"metrics": {"evaluate/kl_nats": 0.1}, "seconds": {}, "shares": rows}
+
+    def next_report(self, name):
+        return None
+
+sweep = load_sweep(file, ["--run.output", str(file.parent)])
+sweep.folder.mkdir(parents=True)
+run_trials(sweep, Host.remote(), SweepRecorder(sweep))
+cpus = ray.cluster_resources().get("CPU", 0)
 
 @ray.remote(num_cpus=0, num_gpus=1)
 def node():
@@ -43,7 +62,8 @@ def node():
 asked = [node.options(resources={role: 1}).remote() for role in roles]
 found = dict(zip(roles, ray.get(asked, timeout=600)))
 resources = {entry["NodeID"]: entry["Resources"] for entry in ray.nodes() if entry["Alive"]}
-print(json.dumps({"found": found, "resources": resources}))
+trials = SweepState.of(sweep).counts()
+print(json.dumps({"found": found, "resources": resources, "trials": trials, "cpus": cpus}))
 """
 
 
@@ -154,9 +174,13 @@ def local_cluster() -> Iterator[LocalCluster]:
         assert not left, f"still running: {left}"
 
 
-def test_asking_for_a_roles_resource_brings_up_a_node_of_its_type(local_cluster: LocalCluster) -> None:
+def test_a_sweeps_trials_start_on_a_head_without_cpus_and_a_roles_resource_brings_up_a_node_of_its_type(
+    local_cluster: LocalCluster,
+) -> None:
+    file = local_cluster.folder / "lr.toml"
+    file.write_text('[space]\n"trainer.learning_rate" = [1e-3]')
     answer = subprocess.run(
-        [sys.executable, "-c", DRIVER, local_cluster.address, *ROLES],
+        [sys.executable, "-c", DRIVER, local_cluster.address, str(file), *ROLES],
         env=environment() | FAKE_NODES,
         cwd=local_cluster.folder,
         capture_output=True,
@@ -166,6 +190,7 @@ def test_asking_for_a_roles_resource_brings_up_a_node_of_its_type(local_cluster:
     monitor = "\n".join(path.read_text()[-2000:] for path in local_cluster.folder.glob("session_2*/logs/monitor*"))
     assert answer.returncode == 0, f"{answer.stderr}\n{monitor}"
     said = json.loads(answer.stdout.splitlines()[-1])
+    assert (said["trials"], said["cpus"]) == ({"finished": 1}, 0)
     assert len(set(said["found"].values())) == len(ROLES)
     for role, node_id in said["found"].items():
         expected = local_cluster.node_types[role]["resources"]

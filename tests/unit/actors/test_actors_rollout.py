@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raydistill.actors import rollout as rollout_module
 from raydistill.actors.engine import Completion, SamplingSettings
 from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.config import AdapterSection, QuantSection, RolloutSection, StudentSection
@@ -136,6 +137,50 @@ def test_loading_again_is_harmless() -> None:
     assert engine.version == 2
 
 
+class BuiltEngine(FakeEngine):
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__()
+        self.length, self.is_closed = spec.max_model_len, False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_an_engine_is_built_anew_for_a_run_that_needs_a_longer_one_and_for_no_other_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trials of a sweep over data, lengths or sampling: they have an engine in common, also at the same time."""
+    built: list[BuiltEngine] = []
+
+    def build(spec: EngineSpec) -> BuiltEngine:
+        if spec.max_model_len > 500:
+            raise MemoryError("no room")
+        built.append(BuiltEngine(spec))
+        return built[-1]
+
+    monkeypatch.setattr(rollout_module, "_build", build)
+    actor, student = RolloutActor("rollout-0", "vllm"), StudentSection(model="m")
+
+    def spec(length: int, **rollout: Any) -> EngineSpec:
+        of = StudentSpec(student=student, quant=QuantSection(), adapter=AdapterSection())
+        return EngineSpec(
+            student=of, rollout=RolloutSection(**rollout), max_model_len=length, eos_ids=(1,), probes=PROBES
+        )
+
+    actor.start(RUN, spec(64))
+    actor.load(RUN, weights(3), want_codes=False)
+    actor.start("run-b", spec(32, temperature=0.5, max_new_tokens=8))
+    assert [engine.length for engine in built] == [64]
+    actor.start("run-c", spec(128))
+    assert [(engine.length, engine.is_closed) for engine in built] == [(64, True), (128, False)]
+    sample(actor, 3)
+    assert (built[-1].run, built[-1].version) == (RUN, 3)
+    with pytest.raises(MemoryError):
+        actor.start("run-d", spec(1024))
+    sample(actor, 3)
+    assert (built[-1].length, built[-1].version) == (128, 3)
+
+
 def test_runs_that_share_an_actor_take_turns_with_their_own_weights() -> None:
     actor, engine = make_actor()
     assert actor.start("run-b", actor._runs[RUN].spec, engine) == "fake"
@@ -154,6 +199,6 @@ def test_runs_that_share_an_actor_take_turns_with_their_own_weights() -> None:
 
 def test_an_engine_that_is_in_use_is_not_replaced_by_another() -> None:
     actor, _ = make_actor()
-    other = replace(actor._runs[RUN].spec, max_model_len=64)
-    with pytest.raises(AssertionError, match="rollout-3 serves run-a, run-b: their engines differ"):
+    other = replace(actor._runs[RUN].spec, eos_ids=(2,))
+    with pytest.raises(AssertionError, match="rollout-3 serves run-a, whose engine is not that of run-b"):
         actor.start("run-b", other)

@@ -1,5 +1,6 @@
 """What the teacher says about each completion token, whatever batch it was in."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -247,18 +248,39 @@ def test_without_room_nothing_is_kept_and_nothing_is_said(tiny_qwen: Path) -> No
     assert same_target(answers[0][1], answers[1][1])
 
 
-def test_the_least_recently_used_answers_go_first() -> None:
-    def answer(value: int) -> tuple[np.ndarray, ...]:
-        return (np.full(10, value, np.float32), np.full(5, value, np.float32))  # 60 bytes
+def hits(kept: KeptAnswers, rows: Iterable[int], size: int = 60) -> int:
+    """Ask for each row, and put it where it was not kept."""
+    found = 0
+    for row in rows:
+        key = str(row).encode()
+        found += kept.get(key) is not None
+        kept.put(key, (np.zeros(size, np.uint8),))
+    return found
 
+
+def test_rows_that_come_again_in_the_same_order_are_found_where_not_all_have_room() -> None:
+    for room, least in ((10, 1.0), (9, 0.8), (5, 0.35)):
+        kept = KeptAnswers(limit_bytes=room * 60)
+        assert hits(kept, range(10)) == 0
+        assert hits(kept, [*range(10)] * 7) >= least * 70
+        assert len(kept) == room
+
+
+def test_rows_that_do_not_come_again_make_room() -> None:
+    kept = KeptAnswers(limit_bytes=9 * 60)
+    hits(kept, range(100, 109))
+    hits(kept, [*range(10)] * 12)
+    assert hits(kept, [*range(10)] * 5) >= 0.6 * 50
+
+
+def test_an_answer_larger_than_all_room_is_not_kept_and_drops_none() -> None:
     kept = KeptAnswers(limit_bytes=130)
-    kept.put(b"a", answer(1))
-    kept.put(b"b", answer(2))
-    assert kept.get(b"a") is not None
-    kept.put(b"c", answer(3))
-    assert [kept.get(key) is None for key in (b"a", b"b", b"c")] == [False, True, False]
-    kept.put(b"too large", (np.zeros(100, np.float32),))
-    assert len(kept) == 2
+    hits(kept, [1, 2])
+    kept.put(b"too large", (np.zeros(131, np.uint8),))
+    assert kept.get(b"1") is not None and kept.get(b"2") is not None and len(kept) == 2
+    for row in range(40):
+        hits(kept, [row + 10], size=100)
+    assert len(kept) == 1  # of 100 bytes
 
 
 def test_an_answer_is_that_of_its_tokens_and_its_request() -> None:

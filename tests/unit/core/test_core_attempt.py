@@ -15,14 +15,19 @@ import pytest
 from rich.console import Console
 
 from raydistill import attempt as attempt_module
+from raydistill.actors import rollout, vllm_engine
+from raydistill.actors.vllm_settings import lora_options
 from raydistill.attempt import Attempt
 from raydistill.config import Config
 from raydistill.errors import LostError, RunError, RunStopped, UserError
 from raydistill.launch import CLOSE_S, Launch, run
-from raydistill.messages import Exported
+from raydistill.messages import Exported, TokenRows
+from raydistill.models import StudentSpec
 from raydistill.recovery.resume import ResumePoint
 from raydistill.report import plots
 from raydistill.roles import PATIENCE_S, Pools
+from raydistill.sweep.host import SweepHost
+from raydistill.sweep.spec import load_sweep
 from raydistill.trainer.crew import GIVE_UP_S, HURRY_S
 
 PREPARATION_S = 20.0
@@ -202,3 +207,32 @@ def test_plots_that_do_not_fit_the_disk_end_the_run_with_one_line(
     record: Any = SimpleNamespace(artifact=lambda name, path: None)
     with pytest.raises(RunError, match=r"^cannot write the run's plots to .*plots: No space left on device"):
         asyncio.run(launch._export(record, attempt, keeper, None))
+
+
+def test_an_engine_of_a_sweep_holds_a_served_adapter_for_each_trial_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inputs_spec() -> Any:
+        student = StudentSpec.of(config)
+        probes = TokenRows.from_rows([[1, 2]])
+        return rollout.EngineSpec(
+            student=student, rollout=config.rollout, max_model_len=64, eos_ids=(1,), probes=probes
+        )
+
+    kinds = ("rollouts", "teachers", "evaluator", "trainers")
+    monkeypatch.setattr("raydistill.launch.POOL_MAKERS", dict.fromkeys(kinds, lambda config: object()))
+    file = tmp_path / "lr.toml"
+    file.write_text(
+        'parallel = 3\n[settings]\n"adapter.mode" = "served"\n[space]\n"trainer.learning_rate" = [1e-3, 2e-3]'
+    )
+    sweep = load_sweep(file, ["--run.output", str(tmp_path)])
+    assert sweep.points is not None
+    config = sweep.config_of(sweep.points[0], "lr-000")
+    attempt = Attempt.__new__(Attempt)
+    attempt._pools = SweepHost(sweep, "id")._pools.lease("lr-000", config)
+    attempt._inputs = SimpleNamespace(engine_spec=inputs_spec)  # type: ignore[assignment]
+    built: list[Any] = []
+    monkeypatch.setattr(vllm_engine, "VllmEngine", lambda *arguments: built.append(arguments))
+    rollout._build(attempt._engine_spec())
+    assert built[0][-1] == 3
+    assert lora_options(config.adapter.rank, config.adapter.targets, 3)["max_loras"] == 3

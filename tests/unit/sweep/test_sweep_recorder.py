@@ -5,7 +5,10 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from raydistill.results.record_lines import RECORD_FILE
+from raydistill.sweep import recorder as module
 from raydistill.sweep.recorder import SweepRecorder, reason_of
 from raydistill.sweep.spec import load_sweep
 
@@ -31,3 +34,17 @@ def test_what_tune_and_the_sweeps_file_keep_holds_no_password(tmp_path: Path) ->
     assert pickle.loads(kept).state.trials == {}
     trial = SimpleNamespace(get_pickled_error=lambda: SimpleNamespace(cause=f"UserError: {uri} does not answer"))
     assert reason_of(tmp_path, trial, since=0.0) == "UserError: postgresql://***@host/db does not answer"
+
+
+def test_a_trial_that_finds_no_place_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lr.toml"
+    file.write_text('[space]\n"trainer.learning_rate" = [1e-3]')
+    recorder = SweepRecorder(load_sweep(file, ["--run.output", str(tmp_path)]))
+    recorder.on_step_begin(0, [])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "PLACE_S", 0.0)
+    for step in (1, 2):
+        recorder.on_step_begin(step, [])
+    assert capsys.readouterr().err.count("no trial's process has found a place") == 1

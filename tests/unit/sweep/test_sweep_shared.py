@@ -39,10 +39,13 @@ def config(**changes: Any) -> Config:
 def test_trials_of_one_base_and_format_share_everything_at_the_same_time() -> None:
     pools, made = shared_pools()
     one = pools.lease("a", config(trainer={"learning_rate": 1e-4}, objective={"beta": 0.0}))
-    other = pools.lease(
-        "b", config(trainer={"learning_rate": 1e-3}, objective={"beta": 1.0}, rollout={"temperature": 0.7})
-    )
-    assert one == other
+    changes: list[dict[str, Any]] = [
+        {"trainer": {"learning_rate": 1e-3}, "objective": {"beta": 1.0}, "rollout": {"temperature": 0.7}},
+        {"data": {"max_rows": 7, "max_length": 512, "template": {"style": "a"}}},
+        {"rollout": {"max_new_tokens": 64}, "evaluation": {"max_new_tokens": 256}},
+    ]
+    for number, change in enumerate(changes):
+        assert pools.lease(f"b-{number}", config(**change)) == one
     assert one.num_adapters == 2
     assert [pool.kind for pool in made] == ["rollouts", "teachers", "evaluator", "trainers"]
 
@@ -58,6 +61,15 @@ def test_a_trial_of_another_format_gets_an_engine_of_its_own_or_an_idle_one() ->
     assert int3.rollouts is int4.rollouts  # its actors are there and have nothing to do
     assert pools.num_pools() == {"rollouts": 2, "teachers": 1, "evaluator": 1, "trainers": 1}
     assert pools.lease("d", config(quant={"format": "int2"})).rollouts is int2.rollouts
+
+
+def test_another_adapter_is_another_engine_and_its_dropout_is_none() -> None:
+    pools, _ = shared_pools()
+    first = pools.lease("a", config(adapter={"mode": "served"})).rollouts
+    assert pools.lease("b", config(adapter={"mode": "served", "dropout": 0.1})).rollouts is first
+    others = [{"mode": "merged"}, {"mode": "served", "rank": 8}, {"mode": "served", "alpha": 8}]
+    found = [pools.lease(f"c-{number}", config(adapter=other)).rollouts for number, other in enumerate(others)]
+    assert len({id(one) for one in [first, *found]}) == 4
 
 
 def test_what_a_trial_does_not_need_is_not_started() -> None:
