@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 from raydistill.background import aside, run_to_end
 from raydistill.config import Config
 from raydistill.errors import LostError, ResourceError, RunError, RunStopped, disk_errors
+from raydistill.pools import make_pools
 from raydistill.progress import say
 from raydistill.quant.formats import TEMPLATE
 from raydistill.roles import PATIENCE_S, Pools
@@ -116,50 +117,6 @@ def start_cluster(config: Config) -> None:
         )
     except ConnectionError as error:
         raise no_answer(address, error) from error
-
-
-def _make_rollouts(config: Config) -> Any:
-    from raydistill.actors.rollout_pool import RolloutPool
-
-    return RolloutPool(config.rollout, config.cluster.by_role)
-
-
-def _make_teachers(config: Config) -> Any:
-    from raydistill.actors.teacher_pool import TeacherPool
-
-    return TeacherPool(config.teacher, config.rollout.timeout_s, config.cluster.by_role)
-
-
-def _make_evaluator(config: Config) -> Any:
-    from raydistill.actors.evaluator_pool import EvaluatorPool
-
-    return EvaluatorPool(config.evaluation, config.rollout.timeout_s, config.cluster.by_role)
-
-
-def _make_trainers(config: Config) -> Any:
-    from raydistill.trainer.crew import TrainerPool
-
-    return TrainerPool()
-
-
-POOL_MAKERS: Mapping[str, Callable[[Config], Any]] = {
-    "rollouts": _make_rollouts,
-    "teachers": _make_teachers,
-    "evaluator": _make_evaluator,
-    "trainers": _make_trainers,
-}
-"""Each starts the actors of one of a config's pools; engines and teachers are built when a run begins."""
-
-
-def make_pools(config: Config) -> Pools:
-    """Start the actors of all pools that a config needs."""
-    needs = {
-        "rollouts": config.needs_rollout_pool,
-        "teachers": config.needs_teacher,
-        "evaluator": True,
-        "trainers": True,
-    }
-    return Pools(**{name: make(config) for name, make in POOL_MAKERS.items() if needs[name]})
 
 
 def run(config: Config, pools: Pools | None = None, console: Console | None = None) -> RunSummary:

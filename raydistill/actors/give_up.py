@@ -9,7 +9,7 @@ import ray
 
 from raydistill.errors import RunError
 
-LIMIT_FIELD = "rollout.timeout_s"  # of the calls of all pools, see launch.POOL_MAKERS
+LIMIT_FIELD = "rollout.timeout_s"  # of the calls of all pools, see pools.POOL_MAKERS
 LIGHTER = {
     "rollout": "raise rollout.num_actors, or lower rollout.max_new_tokens, evaluation.max_new_tokens or data.eval_rows",
     "teacher": "raise teacher.num_actors, or lower rollout.max_new_tokens or data.eval_rows",

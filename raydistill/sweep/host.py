@@ -36,7 +36,7 @@ class SweepHost:
     def __init__(self, sweep: Sweep, record_id: str) -> None:
         for variable, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
             os.environ.setdefault(variable, value)
-        from raydistill.launch import POOL_MAKERS
+        from raydistill.pools import POOL_MAKERS
         from raydistill.sweep.shared import SharedPools
 
         self._sweep, self._record_id = sweep, record_id

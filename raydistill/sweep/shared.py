@@ -27,7 +27,7 @@ class _Slot:
 
 
 class SharedPools:
-    """Hands out pools by what a config needs; `makers` start them (see `launch.POOL_MAKERS`)."""
+    """Hands out pools by what a config needs; `makers` start them (see `pools.POOL_MAKERS`)."""
 
     def __init__(self, makers: Mapping[str, Callable[[Config], Any]], num_adapters: int) -> None:
         self._makers, self._num_adapters = makers, num_adapters

@@ -33,8 +33,9 @@ from run_helpers import (
 from raydistill.cli import main_with_errors
 from raydistill.config import Config
 from raydistill.errors import ResourceError, RunError
-from raydistill.launch import POOL_MAKERS, Pools, RunSummary, run
+from raydistill.launch import Pools, RunSummary, run
 from raydistill.messages import EvalReport, Exported, LoadReport, StageReport, StepOutcome
+from raydistill.pools import POOL_MAKERS
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.reproduce import reproduce_command
 from raydistill.results.query import list_runs

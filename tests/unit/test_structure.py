@@ -74,6 +74,7 @@ ONLY_IMPORTED_BY = {
     "raydistill.launch": ENTRY_POINTS,
     "raydistill.loop": ("raydistill.attempt", "raydistill.launch", *ENTRY_POINTS),
     "raydistill.attempt": ("raydistill.launch",),
+    "raydistill.pools": ("raydistill.launch", *ENTRY_POINTS),
     "raydistill.train": ("raydistill.__main__",),
     "raydistill.__main__": (),
 }

@@ -220,7 +220,7 @@ def test_an_engine_of_a_sweep_holds_a_served_adapter_for_each_trial_at_a_time(
         )
 
     kinds = ("rollouts", "teachers", "evaluator", "trainers")
-    monkeypatch.setattr("raydistill.launch.POOL_MAKERS", dict.fromkeys(kinds, lambda config: object()))
+    monkeypatch.setattr("raydistill.pools.POOL_MAKERS", dict.fromkeys(kinds, lambda config: object()))
     file = tmp_path / "lr.toml"
     file.write_text(
         'parallel = 3\n[settings]\n"adapter.mode" = "served"\n[space]\n"trainer.learning_rate" = [1e-3, 2e-3]'
