@@ -3,7 +3,6 @@
 import socket
 
 import pytest
-from mlflow.exceptions import MlflowException
 
 from raydistill.config import ResultsSection
 from raydistill.errors import UserError
@@ -42,6 +41,8 @@ def test_a_store_that_is_down_is_one_short_line(scheme: str, monkeypatch: pytest
         free.bind(("127.0.0.1", 0))
         uri = f"{scheme}://me:secret@127.0.0.1:{free.getsockname()[1]}/results"
 
+    from mlflow.exceptions import MlflowException
+
     def ask(*_: object) -> None:
         """As MLflow does: the cause within what two libraries say around it."""
         try:
@@ -58,6 +59,8 @@ def test_a_store_that_is_down_is_one_short_line(scheme: str, monkeypatch: pytest
 
 
 def test_what_a_library_says_at_length_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+
     def ask(*_: object) -> None:
         raise MlflowException("Unsupported URI. " + 50 * "See the documentation. ")
 
