@@ -1,5 +1,6 @@
 """Shared by the tests that run real engines: one tiny world for the whole session, and one Ray cluster."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -53,6 +54,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "pools" if file.stem.removeprefix("test_") in SHARES_POOLS else str(file)
 
     return Together(config, log)
+
+
+def pytest_configure() -> None:
+    """What is imported stays: it is not searched for garbage while it comes, nor again and again by the tests."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -128,10 +128,12 @@ def test_the_server_says_what_transformers_says_and_leaves_nothing_behind(servin
         logits_NV = model(torch.tensor([prompt + choice["token_ids"]])).logits[0, len(prompt) - 1 : -1].float()
         said = torch.tensor(choice["token_ids"])
         greedy = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :]
-    loss_N = logits_NV.amax(dim=1) - logits_NV.gather(1, said[:, None])[:, 0]
+    best_N2 = logits_NV.topk(2).values
+    loss_N = best_N2[:, 0] - logits_NV.gather(1, said[:, None])[:, 0]
     assert float(loss_N.max()) < BFLOAT16_NOISE
-    if float(loss_N.max()) == 0:
-        assert tokenizer.decode(greedy, skip_special_tokens=True) == choice["text"]
+    is_sure_N = best_N2[:, 0] - best_N2[:, 1] > 2 * BFLOAT16_NOISE  # one by one, tokens near a tie may fall either way
+    sure = int(is_sure_N.long().cumprod(0).sum())
+    assert greedy[:sure].tolist() == choice["token_ids"][:sure]
     capsys.readouterr()
 
     arguments = [str(serving.folder), "--port", str(serving.port), "--max-tokens", str(NEW_TOKENS)]

@@ -172,7 +172,7 @@ import http.server, json, subprocess, sys
 port, name = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[sys.argv.index("--served-model-name") + 1]
 if name == "broken":
     sys.exit("the engine is on fire")
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+child = subprocess.Popen(["sleep", "300"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
@@ -184,7 +184,7 @@ import sys, time
 from pathlib import Path
 from raydistill.cli import main_with_errors
 from raydistill.serving import server
-server.SERVE = (sys.executable, {script!r})
+server.SERVE = (sys.executable, "-S", {script!r})
 def command(argv):
     with server.started_server(Path("a"), {ports[0]}, "a", []) as one:
         with server.started_server(Path("b"), {ports[1]}, "b", []) as two:
@@ -198,7 +198,7 @@ sys.exit(main_with_errors(command))
 def fake_server(tmp_path: Path, monkeypatch: Any) -> Path:
     script = tmp_path / "fake_server.py"
     script.write_text(FAKE_SERVER)
-    monkeypatch.setattr("raydistill.serving.server.SERVE", (sys.executable, str(script)))
+    monkeypatch.setattr("raydistill.serving.server.SERVE", (sys.executable, "-S", str(script)))
     return script
 
 
