@@ -1,6 +1,7 @@
 """What the switches ask for, and every mistake in them as one clear line before anything heavy is imported."""
 
 import json
+from bisect import bisect_left
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,9 @@ def test_labels_leave_room_for_the_token_that_vllm_adds(capsys, world, tmp_path,
 
     def words(num_tokens):
         """A prompt that has so many tokens with the longer label."""
-        return next(text for n in range(400) if size(text := "1" * n) == num_tokens)
+        text = "1" * bisect_left(range(400), num_tokens, key=lambda n: size("1" * n))
+        assert size(text) == num_tokens
+        return text
 
     def size(text):
         rows = [Row(str(n), (Message("user", text), Message("assistant", ("yes", "no")[n]))) for n in range(2)]

@@ -119,7 +119,10 @@ def test_a_point_of_which_one_seed_failed_counts_the_others(tmp_path: Path) -> N
     assert "no memory" in table
 
 
-def test_importance_finds_the_field_that_matters_and_is_the_same_each_time(tmp_path: Path) -> None:
+def test_importance_finds_the_field_that_matters_and_is_the_same_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raydistill.report.importance._NUM_TREES", 16)
     trials = [
         trial(number, rate * 10 + 1e-6 * rank, trainer__learning_rate=rate, adapter__rank=rank, quant__format="int2")
         for number, (rate, rank) in enumerate((rate, rank) for rate in (1e-4, 1e-3, 1e-2, 1e-1) for rank in (8, 16, 32))
