@@ -57,7 +57,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/pytest tests/unit -n 2 --dist loadscope
+	$(BIN)/pytest tests/unit -n 2 --dist loadfile
 
 # Two files at a time, those on Ray first; tests/conftest.py says which of them stay together.
 test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; about 25 minutes on 2 cores

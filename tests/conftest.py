@@ -41,20 +41,18 @@ LONG_ONES = ("vllm_engine", "deepspeed_equivalence", "harness", "serve")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2 --dist loadscope` each folder of tests/unit is one piece of work, so that what its files share is made and
-    imported once; so are the files of tests/ray that share one cluster and its actors; every other file is one of its own."""
+    """With `-n 2 --dist loadscope` the files of tests/ray that share one cluster and its actors are one piece of work, every
+    other file is one of its own."""
     if config.getvalue("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class Together(LoadScopeScheduling):
+    class PoolsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = Path(nodeid.partition("::")[0])
-            if file.parts[:2] == ("tests", "unit") and file.parent.name != "unit":
-                return str(file.parent)
             return "pools" if file.stem.removeprefix("test_") in SHARES_POOLS else str(file)
 
-    return Together(config, log)
+    return PoolsTogether(config, log)
 
 
 def pytest_configure() -> None:
