@@ -97,7 +97,7 @@ def plot_over_field(sweep: Sweep, points: Sequence[Point], field: str, path: Pat
         log_axis(axes, "x")
     tried = sorted({float(point.values[field]) for members in lines.values() for point in members})  # type: ignore[arg-type]
     if len(tried) <= _MOST_TICKS:
-        axes.set_xticks(tried, [f"{value:g}" for value in tried])
+        axes.set_xticks(tried, [f"{value:.4g}" for value in tried])
         axes.minorticks_off()
     if values and min(values) > 0 and max(values) / min(values) > _LOG_SPAN:
         log_axis(axes)
