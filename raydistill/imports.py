@@ -6,6 +6,7 @@ code").
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,11 @@ UNUSED_BY_MODELS = (
 def without(*packages: str) -> Iterator[None]:
     """What is imported inside sees these packages as not installed; afterwards they can be imported as ever.
 
-    A package that is loaded already stays as it is. Only for packages that the imported library treats as optional.
+    A package that is loaded already stays as it is. Only for packages that the imported library treats as optional. Garbage
+    collection rests inside: what is imported stays, and to look through it again and again is a seventh of the time.
     """
+    collects = gc.isenabled()
+    gc.disable()
     hidden = [name for name in packages if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # the import system's own sign for "is not there"
@@ -34,6 +38,8 @@ def without(*packages: str) -> Iterator[None]:
         for name in hidden:
             if sys.modules.get(name, name) is None:
                 del sys.modules[name]
+        if collects:
+            gc.enable()
 
 
 def _forget_answers(packages: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """Optional packages hidden from a library that is being imported."""
 
+import gc
 import importlib.util
 import sys
 from functools import cache
@@ -43,3 +44,16 @@ def test_what_transformers_was_told_before_does_not_hold_inside(monkeypatch: pyt
     assert told.is_colorsys_available()
     with without(name):
         assert not told.is_colorsys_available()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_collection_rests_inside_and_is_afterwards_as_before(collects: bool) -> None:
+    before = gc.isenabled()
+    try:
+        gc.enable() if collects else gc.disable()
+        with pytest.raises(ModuleNotFoundError), without(UNUSED):
+            assert not gc.isenabled()
+            importlib.import_module("no_such_module_anywhere")
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable() if before else gc.disable()
