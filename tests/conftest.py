@@ -6,8 +6,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -106,7 +108,11 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory, teacher_steps: int) -> 
     from raydistill.demo.pretrain import TeacherRecipe
     from raydistill.demo.world import prepare_stories
 
-    folder = tmp_path_factory.mktemp("world") / "stories"
+    worker = os.environ.get(
+        "PYTEST_XDIST_WORKER"
+    )  # one world for all of them: whoever is first makes it, the others wait
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker else base) / f"stories-{teacher_steps}"
     return prepare_stories(
         folder, TeacherRecipe(**RECIPE, num_steps=teacher_steps), num_train=400, num_validation=24, num_test=24
     )
@@ -162,9 +168,12 @@ def ray_cluster(s3_port: int, job_folder: Path) -> Iterator[Any]:
     """One local Ray for all tests of the session; more CPUs than the machine has, because the actors hardly use theirs."""
     import ray
 
+    from raydistill import processes
     from raydistill.launch import start_cluster
 
-    with chdir(job_folder):  # Ray's processes find modules where the driver found them
+    # Nobody looks at this one's dashboard, whose ten processes take 3 % of the suite's time.
+    without_dashboard = patch.object(processes, "start_ray", partial(processes.start_ray, include_dashboard=False))
+    with chdir(job_folder), without_dashboard:  # Ray's processes find modules where the driver found them
         start_cluster(Config.model_validate({"cluster": {"num_cpus": 8}}))
     yield ray
     ray.shutdown()

@@ -24,10 +24,10 @@ from raydistill.models import StudentSpec, build_student, eos_ids
 from raydistill.quant.student import adapter_state
 
 ENVIRONMENT = ENGINE_ENVIRONMENT | CPU_ENGINE_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 20
 ALONE = 4  # of the prompts are also sampled one at a time
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=0, max_new_tokens=MAX_NEW_TOKENS)
-LONG_GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=20, max_new_tokens=MAX_NEW_TOKENS)
+LONG_GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=14, max_new_tokens=MAX_NEW_TOKENS)
 TURNS = (0, 1, 0, 2, 0, 1, 1)
 ADAPTERS_HELD = 2  # at once, by an engine that several runs share
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, min_new_tokens=4, max_new_tokens=MAX_NEW_TOKENS)

@@ -12,6 +12,8 @@ from raydistill.evaluate.plan import Plan
 from raydistill.evaluate.run_defaults import config_of
 from raydistill.evaluate.targets import version_of
 from raydistill.messages import EvalReport, Span
+from raydistill.results.courier import retry_command
+from raydistill.results.provenance import HIDDEN
 from raydistill.results.record_lines import start_of
 from raydistill.results.recorded import recorded
 from raydistill.results.tables import COMPARISON, SummaryRow, comparison_json, comparison_markdown
@@ -33,6 +35,14 @@ def record_evaluation(
     output = (output or (run.parent.parent if run is not None else DEFAULT_OUTPUT)).absolute()
     config = config.model_copy(update={"run": config.run.model_copy(update={"output": output, "name": None})})
     folder = output / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-evaluate"
+    if HIDDEN in (config.results.uri or ""):
+        config = config.model_copy(update={"results": config.results.model_copy(update={"deliver": False})})
+        console.print(
+            f"warning: the run's record does not keep the password of {config.results.uri}; deliver this one with "
+            f"`{retry_command(folder)} --uri ADDRESS`",
+            style="yellow",
+            soft_wrap=True,
+        )
     models = [row for row in rows if row.role != "teacher"] or list(rows)
     steps = [version_of(target) if target.checkpoint else None for target in plan.targets]
     is_curve = len(models) == len(steps) and None not in steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from raydistill.actors.engine import engine_needs
@@ -80,7 +81,7 @@ def pool_needs(config: Config) -> dict[str, tuple[object, object]]:
     needs: dict[str, tuple[object, object]] = {}
     if config.needs_rollout_pool:
         engine = engine_needs(config.student, config.quant, config.adapter, config.rollout)
-        needs["rollouts"] = (engine, _actors_of(config.rollout))
+        needs["rollouts"] = ((*engine, _teachers_ids(config)), _actors_of(config.rollout))
     if config.needs_teacher:
         needs["teachers"] = (config.teacher, _actors_of(config.teacher))
     needs["evaluator"] = ("any student", config.evaluation.num_gpus)
@@ -92,3 +93,22 @@ def _actors_of(section: Any) -> object:
     """What pool actors are started as."""
     names = ("engine", "num_actors", "num_gpus", "num_cpus", "tensor_parallel_size", "kv_cache_gib", "cache_gib")
     return tuple((name, getattr(section, name)) for name in names if hasattr(section, name))
+
+
+def _teachers_ids(config: Config) -> int | None:
+    """How many ids the teacher has: an engine samples no others."""
+    model = config.teacher.model
+    if not config.needs_teacher or model in (None, config.student.model):
+        return None
+    return _num_ids(model, config.teacher.trust_remote_code)
+
+
+@cache
+def _num_ids(model: str, trust_remote_code: bool) -> int | None:
+    """Of a model; None where it cannot be read: the run will say why."""
+    from raydistill.models import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
+    except (OSError, ValueError):
+        return None

@@ -33,3 +33,18 @@ def test_a_recorded_curve_is_a_run_of_the_results_store(tiny_world: Any, tmp_pat
     assert (recorded.name, recorded.status) == (folder.name, "finished")
     assert recorded.metrics["evaluate/kl_nats"] == pytest.approx(table["step 4"]["kl_nats"])
     assert recorded.settings["quant.format"] == "int4"
+
+
+def test_a_store_whose_password_the_record_does_not_keep_is_left_to_the_user(
+    tiny_world: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """It is not asked for a minute with the stars that stand in the password's place."""
+    run = write_run(tmp_path / "outputs" / "runs" / "mine", tiny_world.teacher_folder, tiny_world.train_path)
+    record = run / "record.jsonl"
+    kept = json.dumps("postgresql://***@127.0.0.1:9/none")
+    record.write_text(record.read_text().replace('"uri":null', f'"uri":{kept}'))
+    assert main_with_errors(evaluate_command, [str(run / "checkpoints" / "step-000002"), "--record"]) == 0
+    (folder,) = (tmp_path / "outputs" / "runs").glob("*-evaluate")
+    assert f"`python -m raydistill.results.deliver {folder} --uri ADDRESS`" in capsys.readouterr().err
+    assert [line["kind"] for line in read_record(folder)][-1] == "end"
+    assert not (folder / "delivered.json").exists()

@@ -22,14 +22,13 @@ from raydistill.sweep.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
-KILLS = (  # trainer, feed and driver: test_resume.py
-    Kill(victim="rollout", moment="generate", step=2),
-    Kill(victim="controller", moment="backward", step=4),
-    Kill(victim="teacher", moment="score", step=7, number=signal.SIGSTOP),
-    Kill(victim="evaluator", moment="evaluate", step=10),
-    Kill(victim="raylet", moment="sync", step=13),  # with the rollout, teacher and evaluation actors
+KILLS = (  # trainer, feed and driver: test_resume.py; a rollout actor alone: test_run.py
+    Kill(victim="controller", moment="backward", step=2),
+    Kill(victim="teacher", moment="score", step=5, number=signal.SIGSTOP),
+    Kill(victim="evaluator", moment="evaluate", step=8),
+    Kill(victim="raylet", moment="sync", step=10),  # with the rollout, teacher and evaluation actors
 )
-STEPS = 18
+STEPS = 14
 ROLES = {"rollout", "teacher", "trainer"}
 PLACES = {  # one node has the first two roles, another one the third
     **dict.fromkeys(("rollout", "teacher", "evaluator"), "rollout teacher"),

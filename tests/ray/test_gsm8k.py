@@ -37,7 +37,7 @@ def study(pools: Any, tmp_path: Path) -> Any:
     ]
     settings += [
         "--study.arms",
-        "on-policy,off-policy",
+        "on-policy",
         "--study.ptq_formats",
         "int3",
         "--rollout.max_new_tokens",
@@ -52,11 +52,11 @@ def study(pools: Any, tmp_path: Path) -> Any:
 def test_the_gsm8k_study_distils_and_reports_every_folder(study: Any, tmp_path: Path):
     summary = study.run().summary
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == ["teacher", "rtn-int3", "on-policy", "off-policy"]
+    assert list(rows) == ["teacher", "rtn-int3", "on-policy"]
     assert rows["teacher"]["kl_nats"] == pytest.approx(0, abs=1e-6)
-    for arm in ("on-policy", "off-policy"):
-        assert 0 < rows[arm]["kl_nats"] < rows["rtn-int3"]["kl_nats"], "six steps already help"
-        assert rows[arm]["bytes"] == pytest.approx(rows["rtn-int3"]["bytes"], rel=0.01), "a merged adapter adds no byte"
+    distilled, rounded = rows["on-policy"], rows["rtn-int3"]
+    assert 0 < distilled["kl_nats"] < rounded["kl_nats"], "six steps already help"
+    assert distilled["bytes"] == pytest.approx(rounded["bytes"], rel=0.01), "a merged adapter adds no byte"
     assert summary["runs"]["on-policy"]["largest_gap_nats"] < 1e-5
     assert all(row["perplexity"] > 1 for row in rows.values())
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == summary["rows"]

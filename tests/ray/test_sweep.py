@@ -40,7 +40,7 @@ def check_each_row_of_the_data_set_was_computed_once(config: Config, rows: dict[
     assert rows["kept_rows"] >= distinct, "the second of the finished trials had all of them from those kept"
 
 
-def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_config: Any, tmp_path: Path) -> None:
+def test_trials_share_pools_and_end_as_a_separate_run_does(pools: Pools, make_config: Any, tmp_path: Path) -> None:
     """Two at a time: they take turns in one engine, and one that fails leaves the others alone."""
     config = short_config(make_config, tmp_path / "sweep")
     space = f'"trainer.learning_rate" = [1e-3, {NO_NUMBER}, 4e-3]'
@@ -57,19 +57,18 @@ def test_trials_share_pools_and_end_as_separate_runs_do(pools: Pools, make_confi
     assert state["shared"]["datasets"] == 1
     check_each_row_of_the_data_set_was_computed_once(config, state["shared"]["teacher_rows"])
 
-    for trial in (trials[0], trials[2]):
-        rate = trial["values"]["trainer.learning_rate"]
-        alone = config.model_copy(
-            update={
-                "run": config.run.model_copy(update={"output": tmp_path / "alone", "name": trial["run"]}),
-                "trainer": config.trainer.model_copy(update={"learning_rate": rate}),
-            }
-        )
-        separate = run(alone, pools, QUIET)
-        lines = read_record(tmp_path / "sweep" / "runs" / trial["run"])
-        shared = [line["metrics"]["trainer/loss"] for line in lines if line["kind"] == "step"]
-        np.testing.assert_allclose(shared, losses(separate), rtol=1e-5)
-        assert trial["metrics"]["evaluate/kl_nats"] == pytest.approx(separate.metrics["evaluate/kl_nats"], rel=1e-4)
+    trial = trials[0]  # which had both others beside it
+    alone = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"output": tmp_path / "alone", "name": trial["run"]}),
+            "trainer": config.trainer.model_copy(update={"learning_rate": trial["values"]["trainer.learning_rate"]}),
+        }
+    )
+    separate = run(alone, pools, QUIET)
+    lines = read_record(tmp_path / "sweep" / "runs" / trial["run"])
+    shared = [line["metrics"]["trainer/loss"] for line in lines if line["kind"] == "step"]
+    np.testing.assert_allclose(shared, losses(separate), rtol=1e-5)
+    assert trial["metrics"]["evaluate/kl_nats"] == pytest.approx(separate.metrics["evaluate/kl_nats"], rel=1e-4)
 
     with pytest.raises(UserError, match="has finished"):
         run_sweep(sweep)

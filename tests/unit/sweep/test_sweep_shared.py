@@ -1,7 +1,10 @@
 """Which trials share which pools."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
+
+from transformers import Qwen3Config
 
 from raydistill.config import Config
 from raydistill.sweep.shared import SharedPools
@@ -85,6 +88,16 @@ def test_another_teacher_is_another_pool_as_long_as_the_first_is_in_use() -> Non
     second = pools.lease("b", config(teacher={"model": "larger"}))
     assert first.teachers is not second.teachers
     assert asyncio.run(pools.teacher_rows()) == {"computed_rows": 6, "kept_rows": 8}
+
+
+def test_trials_over_teachers_share_an_engine_where_these_have_as_many_ids(tmp_path: Path) -> None:
+    pools, _ = shared_pools()
+    for name, num_ids in (("small", 300), ("large", 300), ("other", 301)):
+        Qwen3Config(vocab_size=num_ids).save_pretrained(tmp_path / name)
+    names = [str(tmp_path / name) for name in ("small", "large", "other")]
+    small, large, other = (pools.lease(name, config(teacher={"model": name})).rollouts for name in names)
+    assert small is large
+    assert small is not other, "an engine samples the ids of one vocabulary"
 
 
 def test_closing_ends_every_pool() -> None:
