@@ -23,7 +23,16 @@ def study(pools: Any, tmp_path: Path) -> Any:
 
     settings = [f"@{ROOT / 'configs' / 'gsm8k.toml'}"]
     settings += ["--world.train_path", str(DATA / "train.jsonl"), "--world.test_path", str(DATA / "test.jsonl")]
-    settings += ["--world.recipe.num_steps", "60", "--world.recipe.num_layers", "2", "--run.output", str(tmp_path)]
+    settings += [
+        "--world.recipe.num_steps",
+        "40",
+        "--world.recipe.batch_size",
+        "8",
+        "--world.recipe.num_layers",
+        "2",
+        "--run.output",
+        str(tmp_path),
+    ]
     settings += ["--results.deliver", "false"]
     settings += ["--data.max_rows", "400", "--data.eval_rows", "32", "--data.max_length", "256"]
     settings += ["--trainer.num_steps", "6", "--trainer.sequences_per_step", "8"]
