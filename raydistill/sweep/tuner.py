@@ -68,7 +68,11 @@ def run_trials(sweep: Sweep, host: Any, callback: Callback, retry_failed: bool =
 def _tune(sweep: Sweep, host: Any, callback: Callback, space: Mapping[str, Any], config: TuneConfig) -> None:
     shutil.rmtree(sweep.folder / TUNE_FOLDER, ignore_errors=True)
     # Where the sweep's own process is: whatever other node is lost takes no trial along. No CPU: a cluster's head has none.
-    here = {f"node:{ray.util.get_node_ip_address()}": THIN}
+    # By its id as well: nodes of one machine have one address.
+    here = tune.PlacementGroupFactory(
+        [{f"node:{ray.util.get_node_ip_address()}": THIN}],
+        bundle_label_selector=[{"ray.io/node-id": ray.get_runtime_context().get_node_id()}],
+    )
     config.metric, config.mode, config.scheduler = sweep.file.metric, sweep.mode, _scheduler(sweep)
     config.max_concurrent_trials = sweep.file.parallel
     config.reuse_actors = True  # a trial's process is thin, and starting it costs more than what it does

@@ -34,6 +34,7 @@ PLACES = {  # one node has the first two roles, another one the third
     **dict.fromkeys(("rollout", "teacher", "evaluator"), "rollout teacher"),
     "RayTrainWorker": "trainer",
 }
+TRIAL = "ImplicitFunc"  # Tune's process of a trial: on no node of a role, but where the sweep is
 HANG_S = 15.0  # how long a call may take before its actor counts as dead
 SETTINGS: dict[str, dict[str, Any]] = {
     "trainer": {"num_steps": STEPS},
@@ -50,14 +51,15 @@ def booked_now() -> set[str]:
 
 
 def actors_by_role() -> set[tuple[str, str]]:
-    """The kind of each living actor of PLACES, by its name (rollout-0) or class, and its node's roles, where it has any."""
+    """The kind of each living actor of PLACES, and TRIAL, by its name (rollout-0) or class, and its node's roles, where it
+    has any."""
     import ray
 
     roles = {node["NodeID"]: " ".join(sorted(ROLES & node["Resources"].keys())) for node in ray.nodes()}
     living = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
     found = [(actor["Name"] or actor["ActorClassName"], roles[actor["Address"]["NodeID"]]) for actor in living]
     places = {(name.partition("-")[0], role) for name, role in found if role}
-    return {(kind, role) for kind, role in places if kind in PLACES}
+    return {(kind, role) for kind, role in places if kind in PLACES or kind == TRIAL}
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_a_lost_feed_costs_time_only(pools: Pools, make_config: Any, undisturbed
 def test_with_staleness_what_was_trained_on_is_trained_on_again(pools: Pools, make_config: Any) -> None:
     """Step 4 was sampled by policy 3; going on at checkpoint 4, its kept tokens come back, not those of policy 4."""
     settings: dict[str, Any] = HF | {"objective": {"on_policy_fraction": 1.0}, "sync": {"max_staleness": 1}}
-    settings |= {"trainer": {"num_steps": 12}, "checkpoint": {"save_every": 4}, "evaluation": {"eval_every": 100}}
+    settings |= {"trainer": {"num_steps": 9}, "checkpoint": {"save_every": 4}, "evaluation": {"eval_every": 100}}
     expected = run(make_config(run={"name": "stale"}, **settings), pools, QUIET)
     config = make_config(run={"name": "stale-lost"}, **settings)
     folder = config.run.output / "runs" / "stale-lost"
@@ -94,7 +94,7 @@ def test_with_staleness_what_was_trained_on_is_trained_on_again(pools: Pools, ma
     ]
     assert [e for e in entries[0] if e[0] <= 4] == [e for e in entries[1] if e[0] <= 4]
     assert {step - version for step, _, version, _ in entries[0]} <= {0, 1}
-    assert ledger_problems(summary.folder, range(12), 8) == []
+    assert ledger_problems(summary.folder, range(9), 8) == []
     assert not list((summary.folder / "sampled").iterdir())
 
 

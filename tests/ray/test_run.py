@@ -92,9 +92,9 @@ def overlapped(vllm_pools: Pools, make_config: Any) -> tuple[Config, RunSummary,
 
 
 @pytest.fixture(scope="module")
-def serial_twice(vllm_pools: Pools, make_config: Any) -> list[RunSummary]:
-    """Two equal runs with S = 0."""
-    return [run(serial_config(make_config, f"serial-{i}"), vllm_pools, QUIET) for i in range(2)]
+def serial(vllm_pools: Pools, make_config: Any) -> RunSummary:
+    """A run with S = 0."""
+    return run(serial_config(make_config, "serial"), vllm_pools, QUIET)
 
 
 def spans_of(summary: RunSummary, stage: str) -> dict[int, tuple[float, float]]:
@@ -191,31 +191,25 @@ def test_rollouts_of_the_next_step_overlap_the_trainer_at_staleness_1(overlapped
     assert len(overlapping) > len(pairs) // 2
 
 
-def test_stages_follow_one_another_at_staleness_0(serial_twice: list[RunSummary]) -> None:
-    for summary in serial_twice:
-        rollout, teacher, trainer = (spans_of(summary, stage) for stage in ("rollout", "teacher", "trainer"))
-        for step in range(1, 3):
-            assert rollout[step][0] >= trainer[step - 1][1]
-        for step in range(3):
-            assert rollout[step][1] <= trainer[step][0]
-            assert teacher[step][1] <= trainer[step][0]
-        assert all(line["metrics"]["trainer/staleness_steps"] == 0 for line in lines(summary, "step"))
+def test_stages_follow_one_another_at_staleness_0(serial: RunSummary) -> None:
+    rollout, teacher, trainer = (spans_of(serial, stage) for stage in ("rollout", "teacher", "trainer"))
+    for step in range(1, 3):
+        assert rollout[step][0] >= trainer[step - 1][1]
+    for step in range(3):
+        assert rollout[step][1] <= trainer[step][0]
+        assert teacher[step][1] <= trainer[step][0]
+    assert all(line["metrics"]["trainer/staleness_steps"] == 0 for line in lines(serial, "step"))
 
 
-def test_a_serial_run_with_vllm_repeats_bit_for_bit(serial_twice: list[RunSummary]) -> None:
-    check_bitwise_equal(*serial_twice, num_steps=3)
-
-
-def test_reproduce_gives_every_loss_and_weight_bit_for_bit(serial_twice: list[RunSummary], capsys: Any) -> None:
-    recorded = serial_twice[0]
-    assert main_with_errors(reproduce_command, [str(recorded.folder), "--json"]) == 0
+def test_a_serial_run_with_vllm_is_reproduced_bit_for_bit_by_other_actors(serial: RunSummary, capsys: Any) -> None:
+    assert main_with_errors(reproduce_command, [str(serial.folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [], "no version, loss or held-out metric differs"
-    again = replace(recorded, folder=recorded.folder.with_name("serial-0-reproduced"))
-    check_bitwise_equal(recorded, again, num_steps=3)
+    again = replace(serial, folder=serial.folder.with_name("serial-reproduced"))
+    check_bitwise_equal(serial, again, num_steps=3)
 
 
-def test_reproduce_names_changed_data_before_it_starts(serial_twice: list[RunSummary], tmp_path: Path, capsys) -> None:
-    start = next(read_record(serial_twice[0].folder))
+def test_reproduce_names_changed_data_before_it_starts(serial: RunSummary, tmp_path: Path, capsys) -> None:
+    start = next(read_record(serial.folder))
     rows = Path(start["config"]["data"]["path"]).read_text().splitlines(keepends=True)
     data = start["config"]["data"]["path"] = str(tmp_path / "train.jsonl")
     folder = tmp_path / "out" / "runs" / "first"
