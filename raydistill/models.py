@@ -17,10 +17,10 @@ from torch import nn
 
 from raydistill.config import AdapterSection, Config, QuantSection, StudentSection, TeacherSection
 from raydistill.errors import ModelError, ResourceError
-from raydistill.imports import UNUSED_BY_MODELS, without
+from raydistill.imports import UNUSED_BY_MODELS, quick_transformers, without
 from raydistill.quant.formats import WeightFormat
 
-with without(*UNUSED_BY_MODELS):
+with without(*UNUSED_BY_MODELS), quick_transformers():
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

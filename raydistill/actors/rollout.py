@@ -82,7 +82,9 @@ class RolloutActor:
     def prepare(self) -> int:
         """Import the engine's library, which takes longer than building an engine. Returns the process id."""
         if self._kind == "vllm":
-            import vllm  # noqa: F401
+            from raydistill.actors.vllm_engine import load_vllm
+
+            load_vllm()
         return os.getpid()
 
     def start(self, run: str, spec: EngineSpec, engine: Engine | None = None) -> str:

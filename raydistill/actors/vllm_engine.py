@@ -22,11 +22,19 @@ import numpy as np
 from raydistill.actors.engine import Completion, SamplingSettings
 from raydistill.actors.vllm_settings import engine_options, lora_options
 from raydistill.config import RolloutSection
+from raydistill.imports import UNUSED_BY_VLLM, without
 from raydistill.messages import FinishReason, StudentWeights, TokenRows
 from raydistill.models import DTYPES, StudentSpec
 
 log = logging.getLogger(__name__)
 DEATH_SHOWS_S = 5.0  # an error that a rank's death causes may arrive before the death itself is seen
+
+
+def load_vllm() -> Any:
+    """The class `vllm.LLM`, whose import takes longer than an engine to build."""
+    with without(*UNUSED_BY_VLLM):
+        from vllm import LLM
+    return LLM
 
 
 class VllmEngine:
@@ -44,8 +52,6 @@ class VllmEngine:
         num_adapters: int = 1,
     ) -> None:
         """num_adapters: served adapters, one for each run, that are held at once."""
-        from vllm import LLM
-
         self._spec = spec
         self._eos_ids = list(eos_ids)
         self._run: str | None = None  # whose weights are computed
@@ -61,7 +67,7 @@ class VllmEngine:
             options["distributed_executor_backend"] = "mp"
             options["tensor_parallel_size"] = section.tensor_parallel_size
         before = set(multiprocessing.active_children())
-        self._llm = LLM(
+        self._llm = load_vllm()(
             model=spec.model,
             dtype=spec.student.dtype,
             max_model_len=max_model_len,

@@ -13,18 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from raydistill.actors.vllm_engine import VllmEngine, load_vllm
 from raydistill.actors.vllm_settings import engine_options, lora_options
 from raydistill.config import RolloutSection
 from raydistill.errors import RunError, UserError
 from raydistill.messages import StudentWeights, TokenRows
 from raydistill.models import StudentSpec
-
-if TYPE_CHECKING:
-    from raydistill.actors.vllm_engine import VllmEngine
 
 CHECKPOINT = "checkpoint"  # what the engine calls whose weights they are: here it holds one at a time
 MEMORY_SHARE = 0.85  # of a GPU
@@ -61,17 +59,14 @@ class _Engine:
         self._eos_ids = list(base.eos_ids)
         length = base.max_tokens + 1
         if base.student is not None:
-            from raydistill.actors.vllm_engine import VllmEngine
-
             section = RolloutSection(num_gpus=base.num_gpus, gpu_memory_utilization=MEMORY_SHARE)
             self._student = VllmEngine(base.student, section, length, base.eos_ids, base.sampled_ids)
             return
-        from vllm import LLM
-
         options = engine_options(base.num_gpus, MEMORY_SHARE, base.sampled_ids)
         if base.lora_rank:
             options |= lora_options(base.lora_rank, base.lora_layers)
-        self._llm = LLM(model=base.model, tokenizer=base.tokenizer, dtype=base.dtype, max_model_len=length, **options)
+        options |= {"dtype": base.dtype, "max_model_len": length}
+        self._llm = load_vllm()(model=base.model, tokenizer=base.tokenizer, **options)
 
     def select(self, over: StudentWeights | Path | None) -> str | None:
         """Put this over the base from now on; returns the hash of a student's codes. A new number for every adapter, so that
