@@ -29,8 +29,9 @@ ALONE = 4  # of the prompts are also sampled one at a time
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=0, max_new_tokens=MAX_NEW_TOKENS)
 LONG_GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=14, max_new_tokens=MAX_NEW_TOKENS)
 TURNS = (0, 1, 0, 2, 0, 1, 1)
+A_TURN = SamplingSettings(temperature=0.0, top_p=1.0, min_new_tokens=0, max_new_tokens=6)
 ADAPTERS_HELD = 2  # at once, by an engine that several runs share
-SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, min_new_tokens=4, max_new_tokens=MAX_NEW_TOKENS)
+SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, min_new_tokens=4, max_new_tokens=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def take_turns(engine: Any, scenario: Scenario, order: Sequence[int]) -> list[Tu
         was_held = engine.select(run)
         if not was_held:
             engine.load(run, scenario.versions[version], want_codes=False)
-        greedy = engine.sample(scenario.prompts, GREEDY, [0] * len(scenario.prompts))
+        greedy = engine.sample(scenario.prompts, A_TURN, [0] * len(scenario.prompts))
         turns.append(Turn(version=version, was_held=was_held, scores_N=engine.score(scenario.probes), greedy=greedy))
     return turns
 

@@ -6,6 +6,7 @@ engine's ranks are processes of their own, below this one; they share its fate i
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -31,9 +32,13 @@ DEATH_SHOWS_S = 5.0  # an error that a rank's death causes may arrive before the
 
 
 def load_vllm() -> Any:
-    """The class `vllm.LLM`, whose import takes longer than an engine to build."""
+    """The class `vllm.LLM`, whose import takes longer than an engine to build.
+
+    vLLM collects garbage five times while it starts; what is there before is set aside from that.
+    """
     with without(*UNUSED_BY_VLLM):
         from vllm import LLM
+    gc.freeze()
     return LLM
 
 

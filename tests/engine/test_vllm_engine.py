@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from engine_questions import (
+    A_TURN,
     ALONE,
     ENVIRONMENT,
+    GREEDY,
     LONG_GREEDY,
-    MAX_NEW_TOKENS,
     SAMPLED,
     Answers,
     Scenario,
@@ -26,7 +27,7 @@ from engine_questions import (
     play_in_a_process,
 )
 
-from raydistill.actors.engine import Completion
+from raydistill.actors.engine import Completion, SamplingSettings
 from raydistill.actors.hf_engine import HfEngine
 from raydistill.actors.rollout import EngineSpec, RolloutActor
 from raydistill.config import Config, RolloutSection
@@ -189,7 +190,7 @@ def test_runs_that_share_an_engine_are_answered_by_their_own_weights(name: str, 
     assert [turn.was_held for turn in turns] == held
     for turn in turns:
         np.testing.assert_allclose(turn.scores_N, answers[turn.version].scores_N, atol=1e-6)
-        assert ids(turn.greedy) == ids(answers[turn.version].greedy)
+        assert ids(turn.greedy) == [said[: A_TURN.max_new_tokens] for said in ids(answers[turn.version].greedy)]
 
 
 @pytest.mark.parametrize("name", FLOAT32)
@@ -217,10 +218,10 @@ def test_the_end_token_stays_and_lengths_keep_their_bounds(
     end = set(scenarios[name].eos_ids)
     played = vllm(name)
     for answers in (*played["answers"], *transformers_answers(name)):
-        check_ends(answers.greedy, end, 0)
-        check_ends(answers.long_greedy, end, LONG_GREEDY.min_new_tokens)
+        check_ends(answers.greedy, end, GREEDY)
+        check_ends(answers.long_greedy, end, LONG_GREEDY)
     for completions in played["orders"].values():
-        check_ends(completions, end, SAMPLED.min_new_tokens)
+        check_ends(completions, end, SAMPLED)
 
 
 def test_padding_is_never_sampled(vllm: Any, scenarios: dict[str, Scenario]) -> None:
@@ -240,15 +241,15 @@ def test_both_finish_reasons_occur(vllm: Any) -> None:
         assert reasons == {"stop", "length"}, kind
 
 
-def check_ends(completions: Sequence[Completion], end: set[int], shortest: int) -> None:
+def check_ends(completions: Sequence[Completion], end: set[int], settings: SamplingSettings) -> None:
     for completion in completions:
         *before, last = completion.ids
         assert not end & set(before)
         assert (completion.finish_reason == "stop") == (last in end)
         if completion.finish_reason == "length":
-            assert len(completion.ids) == MAX_NEW_TOKENS
+            assert len(completion.ids) == settings.max_new_tokens
         else:
-            assert len(completion.ids) > shortest
+            assert len(completion.ids) > settings.min_new_tokens
 
 
 def ids(completions: Sequence[Completion]) -> list[list[int]]:
