@@ -60,7 +60,7 @@ unit: setup
 	$(BIN)/pytest tests/unit -n 2 --dist loadfile
 
 # Two files at a time, those on Ray first; tests/conftest.py says which of them stay together.
-test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; about 25 minutes on 2 cores
+test: setup unit  ## the whole suite: real Ray, vLLM, DeepSpeed and MLflow; about 22 minutes on 2 cores
 	$(BIN)/pytest tests/ray tests/engine tests/gpu -n 2 --dist loadscope --no-loadscope-reorder --durations 25
 
 clean:  ## remove outputs and caches, keep the environment
