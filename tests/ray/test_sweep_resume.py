@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_helpers import sweep_file, trial_config, wait_for_step
+from s3 import BUCKET, s3_server
 
 from raydistill.cli import EXIT_INTERRUPTED
 from raydistill.recovery.checkpoint import newest_checkpoint, version_of
@@ -22,8 +24,15 @@ ROOT = Path(__file__).parents[2]
 FIRST_STEPS, STEPS = 4, 22  # of the two trials; the second has so many that a signal is heard before they are over
 
 
+@pytest.fixture
+def storage(s3_port: int) -> Iterator[str]:
+    """A bucket of an S3 server on loopback."""
+    with s3_server(s3_port):
+        yield f"s3://{BUCKET}/sweeps"
+
+
 def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
-    ray_cluster: Any, make_config: Any, tmp_path: Path
+    ray_cluster: Any, make_config: Any, tmp_path: Path, storage: str
 ) -> None:
     """Three lives of one command. The first is killed in the second trial, and its disk is lost; the second goes on from
     `run.storage`, and is stopped by Ctrl-C in the same trial, after the folder that it was started in has gone (as that of a
@@ -40,7 +49,7 @@ def test_a_killed_sweep_goes_on_in_the_running_trial_also_after_a_signal(
             "objective": config.objective.model_copy(
                 update=GOLD["objective"]
             ),  # no teacher: a process less in each life
-            "run": config.run.model_copy(update={"storage": f"file://{tmp_path}/remote"}),
+            "run": config.run.model_copy(update={"storage": storage}),
         }
     )
     file = sweep_file(
