@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 
 from raydistill.config import Config
+from raydistill.errors import Stopped
 from raydistill.messages import EvalReport
 from raydistill.sweep.identity import check_run
 from raydistill.sweep.spec import Sweep
@@ -47,6 +48,7 @@ class SweepHost:
         self._room = asyncio.Semaphore(sweep.file.parallel)
         self._running: dict[str, asyncio.Task[RunSummary]] = {}  # also those that wait for room
         self._launches: dict[str, Launch] = {}
+        self._failed: dict[str, Exception] = {}
 
     async def ready(self) -> int:
         """The process id, once the slow imports are done."""
@@ -55,13 +57,21 @@ class SweepHost:
     async def run(self, name: str, point: Mapping[str, Any]) -> dict[str, Any]:
         """Run one trial, the base config with the values of `point`, to its end; an unfinished run of this name goes on.
 
-        Returns its summary as plain JSON types, with what was shared so far (`shares`).
+        Returns its summary as plain JSON types, with what was shared so far (`shares`). One that failed is not run again: Tune
+        asks a second time, as it does after the death of a trial's process.
         """
         reports = self._reports[name] = asyncio.Queue()
         try:  # whatever happens, whoever asks for reports is to hear that there are no more
+            if name in self._failed:
+                raise self._failed[name]
             await self.stop(name)  # of an earlier process of this trial
             task = self._running[name] = asyncio.ensure_future(self._run(name, point, reports))
             summary = await task
+        except Stopped:
+            raise
+        except Exception as error:
+            self._failed[name] = error
+            raise
         finally:
             reports.put_nowait(None)
         return {**summary.to_json(), SHARES: await self.shares()}

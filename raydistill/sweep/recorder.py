@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 from rich.console import Console
 
@@ -58,9 +59,17 @@ class SweepRecorder(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         run = self._run(trial)
-        self._started[run] = time.time()
+        is_new = run not in self._started
+        self._started.setdefault(run, time.time())
         one = self._change(run, values=point_of(trial.config), status="running", error=None)
-        say(self._console, f"{one.run} starts: {described(one)}", style="dim")
+        if is_new:
+            say(self._console, f"{one.run} starts: {described(one)}", style="dim")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Tune tries each trial twice. The second time a run that failed answers at once, as it did before."""
+        if isinstance(trial.get_pickled_error(), RayActorError):
+            text = "lost the process that waits for it; another one takes its place, and the run goes on"
+            say(self._console, f"warning: {self._run(trial)} {text}", style="yellow")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         metrics = {name: value for name, value in result.items() if name.startswith("evaluate/")}

@@ -84,7 +84,9 @@ def _tune(sweep: Sweep, host: Any, callback: Callback, space: Mapping[str, Any],
             name=TUNE_FOLDER,
             storage_path=str(sweep.folder),
             callbacks=[callback],
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(
+                max_failures=1
+            ),  # a process that is lost; a run that failed fails at once again
             verbose=0,
         ),
     ).fit()

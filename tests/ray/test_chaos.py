@@ -1,6 +1,7 @@
 """Processes that die or hang at chosen moments, and a node that is lost, cost time only: a short selection of
 benchmarks/chaos.py, inside a sweep."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -62,6 +63,16 @@ def actors_by_role() -> set[tuple[str, str]]:
     return {(kind, role) for kind, role in places if kind in PLACES or kind == TRIAL}
 
 
+def kill_trial() -> int:
+    """The process that waits for the trial's run; returns its id."""
+    import ray
+
+    living = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    (pid,) = (int(actor["Pid"]) for actor in living if actor["ActorClassName"] == TRIAL)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
 @pytest.fixture
 def nodes(ray_cluster: Any) -> Iterator[Nodes]:
     """Two nodes beside the session's own, one of which can be lost."""
@@ -77,6 +88,7 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
     sweep = load_sweep(sweep_file(tmp_path / "twice.toml", config, '"trainer.timeout_s" = [240.0, 241.0]'))
     calm, disturbed = (tmp_path / "runs" / f"twice-{number:03d}" for number in range(2))
     booked, hits, places = booked_now(), list[Hit | None](), set[tuple[str, str]]()
+    lost = list[int]()
     is_over = threading.Event()
     striker = Striker(disturbed, nodes, lambda: not is_over.is_set())
 
@@ -84,6 +96,8 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
         for kill in KILLS:
             hits.append(striker.strike(kill))
             places.update(actors_by_role())
+            if kill is KILLS[0]:
+                lost.append(kill_trial())
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
@@ -93,6 +107,7 @@ def test_what_is_killed_or_hangs_in_a_sweeps_second_trial_costs_time_only(
         is_over.set()
         thread.join(60)
     assert len(hits) == len(KILLS) and all(hit is not None and hit.recovered_s is not None for hit in hits), hits
+    assert len(lost) == 1 and not psutil.pid_exists(lost[0])
     assert not any(psutil.pid_exists(hit.pid) for hit in hits if hit and hit.pid), "a killed or hanging process is left"
     assert places == set(PLACES.items())
     assert booked_now() <= booked, "a killed controller's ranks still hold what they had booked"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raydistill.errors import ConfigError, UserError
+from raydistill.errors import ConfigError, RunError, RunStopped, UserError
 from raydistill.launch import SUMMARY_TABLE, RunSummary
 from raydistill.results.record import RunRecord
 from raydistill.sweep.host import SweepHost
@@ -121,6 +121,33 @@ def test_a_trial_that_fails_before_it_begins_holds_no_pool(tmp_path: Path, monke
 
     asyncio.run(trial())
     assert not any(slot.runs for slots in host._pools._slots.values() for slot in slots)
+
+
+def test_a_trial_that_failed_is_not_run_again_and_one_that_was_stopped_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune asks twice for each trial: the first time its process may have died."""
+    host, runs = host_of(tmp_path, RATE, monkeypatch)
+    errors = iter([RunStopped(3), RunError("the teacher is gone")])
+
+    async def fails(self: Any) -> RunSummary:
+        runs.names.append("lr-000")
+        raise next(errors)
+
+    launch = runs.launch
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        one = launch(*arguments, **more)
+        one.run = fails.__get__(one)
+        return one
+
+    monkeypatch.setattr("raydistill.launch.Launch", failing)
+    with pytest.raises(RunStopped):
+        asyncio.run(host.run("lr-000", POINT))
+    for _ in range(2):
+        with pytest.raises(RunError, match="the teacher is gone"):
+            asyncio.run(host.run("lr-000", POINT))
+    assert len(runs.names) == 2
 
 
 def test_a_trial_that_ends_answers_with_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,12 @@ import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
+from raydistill.errors import RunError
 from raydistill.results.record_lines import RECORD_FILE
 from raydistill.sweep import recorder as module
 from raydistill.sweep.recorder import SweepRecorder, reason_of
@@ -48,3 +51,23 @@ def test_a_trial_that_finds_no_place_is_told_once(
     for step in (1, 2):
         recorder.on_step_begin(step, [])
     assert capsys.readouterr().err.count("no trial's process has found a place") == 1
+
+
+def test_a_trials_second_start_is_told_where_its_process_was_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lr.toml"
+    file.write_text('[space]\n"trainer.learning_rate" = [1e-3]')
+    recorder = SweepRecorder(load_sweep(file, ["--run.output", str(tmp_path)]))
+
+    def trial(error: Exception) -> Any:
+        point = {"point": {"run": "lr-000", "point": {"trainer.learning_rate": 1e-3}}}
+        return SimpleNamespace(trial_id="x_00000", config=point, get_pickled_error=lambda: error)
+
+    said = []
+    for error in (RayActorError(), RunError("no teacher answers")):
+        recorder.on_trial_start(0, [], trial(error))
+        recorder.on_trial_recover(0, [], trial(error))
+        said.append(capsys.readouterr().err)
+    assert [text.count("starts: learning_rate=0.001") for text in said] == [1, 0]
+    assert [text.count("warning: lr-000 lost the process") for text in said] == [1, 0]
