@@ -13,6 +13,7 @@ import psutil
 
 REFRESH_S = 0.2  # how old the list of a cluster's processes may be; titles are read anew each time
 NODE_STARTS = 4
+HALVES = ("gcs_server", "raylet")  # what a node that did not start in time leaves behind
 WORKER = {"num_cpus": 4, "resources": {"rollout": 1, "teacher": 1}}
 TRAINER = {"num_cpus": 4, "resources": {"trainer": 1}}
 
@@ -82,17 +83,18 @@ class Nodes:
                 self._end_half_started()
         return self._cluster.add_node(**options)
 
-    def _raylets(self) -> list[int]:
+    def _known(self, kind: str) -> list[int]:
         nodes = self._cluster.list_all_nodes()
-        return [raylet.process.pid for node in nodes for raylet in node.all_processes.get("raylet", ())]
+        return [one.process.pid for node in nodes for one in node.all_processes.get(kind, ())]
 
     def _end_half_started(self) -> None:
-        """It would join the cluster later as a node that nobody knows."""
-        known = self._raylets()
+        """It would join the cluster later as a node that nobody knows, or hold the port of its control store."""
+        known = {pid for kind in HALVES for pid in self._known(kind)}
         for process in psutil.Process().children():
             with suppress(psutil.Error):
-                if process.name() == "raylet" and process.pid not in known:
+                if process.name() in HALVES and process.pid not in known:
                     process.kill()
+                    process.wait(10)
 
     def replace_worker(self) -> None:
         """`kill -9` the raylet of the node with `rollout` and `teacher` (its actors die with it) and start an empty node."""
@@ -122,7 +124,7 @@ class Nodes:
     def _workers(self) -> list[int]:
         """The children of the raylets, youngest first."""
         found: list[psutil.Process] = []
-        for raylet in self._raylets():
+        for raylet in self._known("raylet"):
             with suppress(psutil.Error):
                 found += psutil.Process(raylet).children()
         return [process.pid for process in sorted(found, key=_age)]
