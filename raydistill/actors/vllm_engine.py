@@ -36,7 +36,10 @@ def load_vllm() -> Any:
 
     vLLM collects garbage five times while it starts; what is there before is set aside from that.
     """
-    with without(*UNUSED_BY_VLLM):
+    try:
+        with without(*UNUSED_BY_VLLM):
+            from vllm import LLM
+    except ImportError:  # what another build of vLLM brings along may need them
         from vllm import LLM
     gc.freeze()
     return LLM

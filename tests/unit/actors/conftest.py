@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydistill.imports import UNUSED_BY_MODELS, without
+from raydistill.imports import UNUSED_BY_MODELS, quick_transformers, without
 
-with without(*UNUSED_BY_MODELS):  # this file is the first of all to load it
+with without(*UNUSED_BY_MODELS), quick_transformers():  # this file is the first of all to load it
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 
