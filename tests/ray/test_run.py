@@ -36,6 +36,7 @@ from raydistill.errors import ResourceError, RunError
 from raydistill.launch import Pools, RunSummary, run
 from raydistill.messages import EvalReport, Exported, LoadReport, StageReport, StepOutcome
 from raydistill.pools import POOL_MAKERS
+from raydistill.processes import Member
 from raydistill.recovery.checkpoint import checkpoint_folder, read_description
 from raydistill.reproduce import reproduce_command
 from raydistill.results.query import list_runs
@@ -177,7 +178,8 @@ def test_the_driver_receives_small_messages_only(overlapped: Any) -> None:
     assert len(sizes) > 5 * NUM_STEPS
     assert max(sizes) < 10_000
     messages = {type(value) for _, value in mailbox.received if type(value).__module__.startswith("raydistill.")}
-    assert messages == {StageReport, LoadReport, StepOutcome, EvalReport, Exported}
+    # Members of the trainer's group come once, where no earlier test has started it.
+    assert messages - {Member} == {StageReport, LoadReport, StepOutcome, EvalReport, Exported}
     assert not any(isinstance(value, (np.ndarray, torch.Tensor)) for _, value in mailbox.received)
 
 
